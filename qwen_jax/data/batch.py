@@ -1,0 +1,81 @@
+"""From a process's NumPy rows to global device arrays.
+
+A language-model batch is a dict of int32 arrays [B, L] over the mesh:
+  tokens, targets: targets[b, t] is the token that follows tokens[b, t].
+  loss_mask: 1 where the target at this index is trained.
+  positions, segment_ids: absent when every row is one stream; segment 0 is padding.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from qwen_jax import sharding
+from qwen_jax.data.pipelines import VirtualShardBatches
+
+# Rows of one stream have positions 0..L-1 and one segment: the model knows without being told.
+STREAM_FIELDS = ("tokens", "targets", "loss_mask")
+SEGMENTED_FIELDS = (*STREAM_FIELDS, "positions", "segment_ids")
+
+
+class DeviceBatches:
+    """The `BatchSource` of pretraining: virtual-shard rows as global arrays."""
+
+    def __init__(self, rows: VirtualShardBatches, mesh: jax.sharding.Mesh, fields: tuple[str, ...]):
+        self.rows, self._fields = rows, fields
+        self._sharding = sharding.sharding_of(mesh, ("batch", None))
+
+    def next(self, state: Any) -> dict[str, jax.Array]:
+        """The next global batch; the state plays no part."""
+        del state
+        local = next(self.rows)
+        return {
+            name: jax.make_array_from_process_local_data(self._sharding, local[name])
+            for name in self._fields
+        }
+
+    def get_state(self) -> dict:
+        """Where this process's shards stand after the batches handed out."""
+        return self.rows.get_state()
+
+    def set_state(self, state: dict) -> None:
+        """Continues from the merged state of all processes."""
+        self.rows.set_state(state)
+
+    def close(self) -> None:
+        """Stops the prefetching."""
+        self.rows.close()
+
+
+def process_placement(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
+    """Which block of the batch's rows this process feeds: (block, number of blocks).
+
+    Processes whose devices differ along the tensor axis only feed the same rows.
+
+    Raises:
+      ValueError: the rows of this process's devices are not one contiguous block.
+    """
+    where = sharding.sharding_of(mesh, ("batch", None))
+    slices = {
+        indices[0].indices(batch_size)[:2]
+        for indices in where.addressable_devices_indices_map((batch_size, 1)).values()
+    }
+    first, last = min(lo for lo, _ in slices), max(hi for _, hi in slices)
+    covered = sum(hi - lo for lo, hi in slices)
+    if covered != last - first or first % covered:
+        raise ValueError(
+            "mesh: the devices of one process do not hold neighbouring rows of the batch; choose "
+            "mesh.tensor no larger than the devices of a process"
+        )
+    return first // covered, batch_size // covered
+
+
+def to_devices(rows: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """Rows that every process holds in full, sharded over the mesh by their first dimension."""
+    where = sharding.sharding_of(mesh, ("batch", None))
+    return {
+        name: jax.make_array_from_callback(array.shape, where, lambda index, a=array: a[index])
+        for name, array in rows.items()
+    }

@@ -1,0 +1,1 @@
+"""Decoding: token ids in, token ids out."""

@@ -1,0 +1,247 @@
+"""Causal attention over packed, padded and cached rows: the mask, and the back ends behind it.
+
+`Visibility` says which keys a query may see; `make_mask` is its only translation into booleans;
+`attend` runs the back end that the caller has chosen. Qwen report sec. 2.3 and 2.4.
+
+Letters beyond the usual: G query heads that share one key head, K key heads (N = K * G).
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+BLOCK = 64  # queries per block of the blocked back end
+
+
+@flax.struct.dataclass
+class Visibility:
+    """Which keys each query may see: those of its own segment, not after it, within the window.
+
+    Segment 0 is padding: it sees nothing and is seen by nothing. Without segments (None) a row is
+    one document and has no padding. `aligned` promises that queries and keys are the same
+    positions of the same row in increasing order, as in training; kernels rely on it.
+    Example with positions [0, 1, 0, 1] and segments [1, 1, 2, 2]:
+      mask [[1,0,0,0], [1,1,0,0], [0,0,1,0], [0,0,1,1]]
+    """
+
+    q_positions_BL: jax.Array
+    k_positions_BS: jax.Array
+    q_segments_BL: jax.Array | None = None
+    k_segments_BS: jax.Array | None = None
+    window: int | None = flax.struct.field(pytree_node=False, default=None)
+    aligned: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def training_visibility(positions_BL, segments_BL, window: int | None = None) -> Visibility:
+    """The visibility of rows that attend to themselves."""
+    return Visibility(positions_BL, positions_BL, segments_BL, segments_BL, window, aligned=True)
+
+
+def make_mask(seen: Visibility) -> jax.Array:
+    """True where the query of dimension L may look at the key of dimension S; shape [B, L, S]."""
+    q_pos, k_pos = seen.q_positions_BL[:, :, None], seen.k_positions_BS[:, None, :]
+    mask_BLS = q_pos >= k_pos
+    if seen.window is not None:
+        mask_BLS &= q_pos - k_pos < seen.window
+    if seen.q_segments_BL is not None:
+        q_seg, k_seg = seen.q_segments_BL[:, :, None], seen.k_segments_BS[:, None, :]
+        mask_BLS &= (q_seg == k_seg) & (k_seg > 0)
+    return mask_BLS
+
+
+def attend(q_BLNH, k_BSKH, v_BSKH, seen: Visibility, backend: str) -> jax.Array:
+    """Softmax attention with scale 1/sqrt(H), result [B, L, N, H] in the dtype of the queries.
+
+    The softmax is float32 in every back end. A query that sees no key yields zeros.
+
+    Raises:
+      ValueError: the back end is unknown or cannot serve these arrays.
+    """
+    if backend == "reference":
+        return _attend_dense(q_BLNH, k_BSKH, v_BSKH, make_mask(seen))
+    if backend == "blocked":
+        return _attend_blocked(q_BLNH, k_BSKH, v_BSKH, seen)
+    if backend == "cudnn":
+        return _attend_cudnn(q_BLNH, k_BSKH, v_BSKH, seen)
+    raise ValueError(f"model.attention = {backend!r}: no such back end")
+
+
+def choose_backend(asked: str, platform: str, compute_dtype: str) -> tuple[str, str]:
+    """The back end for training on this hardware and the reason for it.
+
+    Raises:
+      ValueError: the back end asked for cannot run here. Nothing is replaced in silence.
+    """
+    if asked == "cudnn" and (platform not in ("gpu", "cuda") or compute_dtype == "float32"):
+        raise ValueError(
+            f"model.attention = 'cudnn': needs an NVIDIA GPU and a 16-bit model.compute_dtype, "
+            f"here {platform} and {compute_dtype}; use --config.model.attention=auto"
+        )
+    if asked != "auto":
+        return asked, "asked for by model.attention"
+    if platform in ("gpu", "cuda") and compute_dtype != "float32":
+        return "cudnn", f"flash attention of cuDNN: {platform} and {compute_dtype}"
+    return "blocked", f"XLA in causal blocks: {platform} and {compute_dtype}"
+
+
+def _attend_dense(q_BLNH, k_BSKH, v_BSKH, mask_BLS) -> jax.Array:
+    """One softmax over all keys; the reference of the other back ends."""
+    batch, length, num_heads, head_dim = q_BLNH.shape
+    num_kv = k_BSKH.shape[2]
+    q_BLKGH = q_BLNH.reshape(batch, length, num_kv, num_heads // num_kv, head_dim)
+    logits = jnp.einsum(
+        "blkgh,bskh->bkgls", q_BLKGH, k_BSKH, preferred_element_type=jnp.float32
+    ) * (head_dim**-0.5)
+    mask = mask_BLS[:, None, None, :, :]
+    # A finite floor, so that a row without any visible key gives zeros instead of NaN.
+    logits = jnp.where(mask, logits, -1e30)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    weights = jnp.where(mask, weights, 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = (weights / jnp.maximum(total, 1e-30)).astype(q_BLNH.dtype)
+    out = jnp.einsum("bkgls,bskh->blkgh", weights, v_BSKH)
+    return out.reshape(batch, length, num_heads, head_dim)
+
+
+def _attend_blocked(q_BLNH, k_BSKH, v_BSKH, seen: Visibility) -> jax.Array:
+    """The reference, a block of queries at a time; aligned rows skip the keys after the block.
+
+    Half of the products of a causal square are never computed, the logits of one block exist at a
+    time, and the backward pass recomputes them from the saved log-sum-exp (Dao et al. 2022).
+    """
+    length = q_BLNH.shape[1]
+    if not seen.aligned or length <= BLOCK:
+        return _attend_dense(q_BLNH, k_BSKH, v_BSKH, make_mask(seen))
+    batch, _, num_kv, head_dim = k_BSKH.shape
+    q_BKGLH = q_BLNH.reshape(batch, length, num_kv, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, length)), seen)
+    out_BKGLH = _flash(q_BKGLH, k_BKSH, v_BKSH, rows)
+    return out_BKGLH.transpose(0, 3, 1, 2, 4).reshape(q_BLNH.shape)
+
+
+@jax.custom_vjp
+def _flash(q_BKGLH, k_BKSH, v_BKSH, seen: Visibility) -> jax.Array:
+    return _flash_forward(q_BKGLH, k_BKSH, v_BKSH, seen)[0]
+
+
+def _flash_forward(q_BKGLH, k_BKSH, v_BKSH, seen):
+    out, log_total = _over_rows(_forward_rows, (q_BKGLH, k_BKSH, v_BKSH, seen))
+    return out, (q_BKGLH, k_BKSH, v_BKSH, seen, out, log_total)
+
+
+def _flash_backward(saved, out_grad):
+    seen = saved[3]
+    grads = _over_rows(_backward_rows, (*saved, out_grad))
+    return *grads, jax.tree.map(lambda x: jnp.zeros(x.shape, jax.dtypes.float0), seen)
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _over_rows(fn, args):
+    """`fn` over the batch at once, or on an unsharded CPU one row at a time.
+
+    One row's logits fit a CPU's cache, a batch's do not. XLA:CPU runs a loop on one thread, so the
+    batch is cut in two loops that run beside each other.
+    """
+    batch = args[0].shape[0]
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or batch == 1:
+        return fn(*args)
+    cuts = (slice(0, batch // 2), slice(batch // 2, batch))
+    halves = [
+        jax.lax.map(
+            lambda row: jax.tree.map(lambda y: y[0], fn(*jax.tree.map(lambda x: x[None], row))),
+            jax.tree.map(lambda x, cut=cut: x[cut], args),
+        )
+        for cut in cuts
+    ]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
+
+
+def _blocks(seen: Visibility, length: int):
+    """Slices of queries and of the keys they can reach, with the mask between them."""
+    for start in range(0, length, BLOCK):
+        end = min(start + BLOCK, length)
+        first = 0 if seen.window is None else max(0, start - seen.window + 1)
+        queries, keys = slice(start, end), slice(first, end)
+        mask_BLS = make_mask(_slice_visibility(seen, queries, keys))
+        yield queries, keys, mask_BLS[:, None, None, :, :]
+
+
+def _block_logits(q_BKGLH, k_BKSH, mask):
+    scale = q_BKGLH.shape[-1] ** -0.5
+    logits = jnp.einsum("bkglh,bksh->bkgls", q_BKGLH, k_BKSH, preferred_element_type=jnp.float32)
+    # A finite floor, so that a row without any visible key gives zeros instead of NaN.
+    return jnp.where(mask, logits * scale, -1e30)
+
+
+def _forward_rows(q_BKGLH, k_BKSH, v_BKSH, seen):
+    """Outputs, and the log-sum-exp of every query's logits."""
+    outs, log_totals = [], []
+    for queries, keys, mask in _blocks(seen, q_BKGLH.shape[3]):
+        logits = _block_logits(q_BKGLH[:, :, :, queries], k_BKSH[:, :, keys], mask)
+        highest = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.where(mask, jnp.exp(logits - highest), 0.0)
+        total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
+        out = jnp.einsum(
+            "bkgls,bksh->bkglh",
+            weights.astype(v_BKSH.dtype),
+            v_BKSH[:, :, keys],
+            preferred_element_type=jnp.float32,
+        )
+        outs.append((out / total).astype(q_BKGLH.dtype))
+        log_totals.append((jnp.log(total) + highest)[..., 0])
+    return jnp.concatenate(outs, axis=3), jnp.concatenate(log_totals, axis=3)
+
+
+def _backward_rows(q_BKGLH, k_BKSH, v_BKSH, seen, out, log_total, out_grad):
+    """Gradients of queries, keys and values."""
+    scale = q_BKGLH.shape[-1] ** -0.5
+    dtype = q_BKGLH.dtype
+    delta = jnp.sum(out.astype(jnp.float32) * out_grad.astype(jnp.float32), axis=-1, keepdims=True)
+    q_grads = []
+    k_grad, v_grad = (jnp.zeros(x.shape, jnp.float32) for x in (k_BKSH, v_BKSH))
+    for queries, keys, mask in _blocks(seen, q_BKGLH.shape[3]):
+        q, k, v = q_BKGLH[:, :, :, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys]
+        upstream = out_grad[:, :, :, queries]
+        logits = _block_logits(q, k, mask)
+        weights = jnp.where(mask, jnp.exp(logits - log_total[:, :, :, queries, None]), 0.0)
+        product = jnp.einsum("bkglh,bksh->bkgls", upstream, v, preferred_element_type=jnp.float32)
+        logit_grad = (weights * (product - delta[:, :, :, queries]) * scale).astype(dtype)
+        q_grads.append(jnp.einsum("bkgls,bksh->bkglh", logit_grad, k).astype(dtype))
+        k_part = jnp.einsum("bkgls,bkglh->bksh", logit_grad, q, preferred_element_type=jnp.float32)
+        v_part = jnp.einsum(
+            "bkgls,bkglh->bksh", weights.astype(dtype), upstream, preferred_element_type=jnp.float32
+        )
+        k_grad = k_grad.at[:, :, keys].add(k_part)
+        v_grad = v_grad.at[:, :, keys].add(v_part)
+    return jnp.concatenate(q_grads, axis=3), k_grad.astype(dtype), v_grad.astype(dtype)
+
+
+def _slice_visibility(seen: Visibility, queries: slice, keys: slice) -> Visibility:
+    segmented = seen.q_segments_BL is not None
+    return seen.replace(
+        q_positions_BL=seen.q_positions_BL[:, queries],
+        k_positions_BS=seen.k_positions_BS[:, keys],
+        q_segments_BL=seen.q_segments_BL[:, queries] if segmented else None,
+        k_segments_BS=seen.k_segments_BS[:, keys] if segmented else None,
+        aligned=False,
+    )
+
+
+def _attend_cudnn(q_BLNH, k_BSKH, v_BSKH, seen: Visibility) -> jax.Array:
+    """cuDNN's fused kernel. Packed documents go through a boolean mask."""
+    if not seen.aligned:
+        raise ValueError("model.attention = 'cudnn' serves training rows, not cached decoding")
+    mask = None if seen.q_segments_BL is None else make_mask(seen)[:, None, :, :]
+    window = None if seen.window is None else (seen.window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q_BLNH,
+        k_BSKH,
+        v_BSKH,
+        mask=mask,
+        is_causal=True,
+        local_window_size=window,
+        implementation="cudnn",
+    )

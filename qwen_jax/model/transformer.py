@@ -1,0 +1,215 @@
+"""The Qwen transformer: embedding, pre-norm blocks, final norm. Qwen report sec. 2.3.
+
+The output is the hidden state; the head is a parameter beside the blocks and is applied by the
+caller (`head_matrix`, then `losses.cross_entropy_sum` or `logits`), because no caller needs the
+logits of all positions at once. Parameter paths are listed in `tests/golden/parameters_*.txt`.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.model import cache as kv
+from qwen_jax.model.attention import Visibility, attend, training_visibility
+from qwen_jax.model.layers import Linear, RMSNorm, linear, param, swiglu
+from qwen_jax.model.rope import apply_rope, rope_tables
+from qwen_jax.sharding import constrain
+
+_SAVED_NAMES = {
+    "save_matmuls": ("qkv", "attention", "attention_out", "mlp_in"),
+    "save_attention": ("qkv", "attention"),
+}
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions; biases on query, key and value only."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD, rope, seen: Visibility, layer_cache):
+        """Returns the sum over heads and this layer's updated cache (None without one)."""
+        cfg = self.cfg
+        batch, length, _ = x_BLD.shape
+
+        def project(name: str, num_heads: int, axis: str):
+            heads = Linear(
+                cfg,
+                num_heads * cfg.head_dim,
+                ("embed", axis),
+                cfg.init_std,
+                cfg.qkv_bias,
+                name=name,
+            )(x_BLD)
+            heads = checkpoint_name(heads, "qkv")
+            heads = heads.reshape(batch, length, num_heads, cfg.head_dim)
+            return constrain(heads, "batch", "length", "act_heads", None)
+
+        q_BLNH = apply_rope(project("query", cfg.num_heads, "heads"), rope)
+        k_BSKH = apply_rope(project("key", cfg.num_kv_heads, "kv_heads"), rope)
+        v_BSKH = project("value", cfg.num_kv_heads, "kv_heads")
+        if layer_cache is not None:
+            keys, values, filled = layer_cache
+            k_BSKH, v_BSKH = kv.append_layer(keys, values, filled, k_BSKH, v_BSKH)
+            layer_cache = (k_BSKH, v_BSKH)
+        out_BLNH = checkpoint_name(attend(q_BLNH, k_BSKH, v_BSKH, seen, cfg.attention), "attention")
+        merged = out_BLNH.reshape(batch, length, cfg.num_heads * cfg.head_dim)
+        std = cfg.init_std / math.sqrt(2 * cfg.num_layers)
+        out_BLD = Linear(cfg, cfg.d_model, ("heads", "embed"), std, name="out")(merged)
+        return checkpoint_name(out_BLD, "attention_out"), layer_cache
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: `down(up(x) * silu(gate(x)))`. In Qwen's names: c_proj, w1, w2."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD):
+        """Maps each position on its own."""
+        cfg = self.cfg
+        up = Linear(cfg, cfg.d_ff, ("embed", "mlp"), cfg.init_std, name="up")(x_BLD)
+        gate = Linear(cfg, cfg.d_ff, ("embed", "mlp"), cfg.init_std, name="gate")(x_BLD)
+        up, gate = (
+            constrain(checkpoint_name(y, "mlp_in"), "batch", "length", "act_mlp")
+            for y in (up, gate)
+        )
+        std = cfg.init_std / math.sqrt(2 * cfg.num_layers)
+        return Linear(cfg, cfg.d_model, ("mlp", "embed"), std, name="down")(swiglu(up, gate))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm and added to the residual."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD, rope, seen: Visibility, layer_cache):
+        """Returns the residual and this layer's updated cache (None without one)."""
+        cfg = self.cfg
+        with jax.named_scope("attention"):
+            normed = RMSNorm(cfg, name="attention_norm")(x_BLD)
+            mixed, layer_cache = Attention(cfg, name="attention")(normed, rope, seen, layer_cache)
+            x_BLD = constrain(x_BLD + mixed, "batch", "length", "act_embed")
+        with jax.named_scope("feed_forward"):
+            normed = RMSNorm(cfg, name="feed_forward_norm")(x_BLD)
+            x_BLD = x_BLD + FeedForward(cfg, name="feed_forward")(normed)
+        return constrain(x_BLD, "batch", "length", "act_embed"), layer_cache
+
+
+class Transformer(nn.Module):
+    """Tokens to hidden states."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BL, positions_BL, segments_BL=None, cache: kv.KVCache | None = None):
+        """Returns (hidden_BLD, cache).
+
+        segments_BL: 0 marks padding; None when every row is one document. With a cache, the L
+        tokens are appended to it and attend to all it holds; this needs `scan_layers` off.
+        """
+        cfg = self.cfg
+        normal = nn.initializers.normal(cfg.init_std)
+        table_VD = param(
+            self, "embedding", (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), normal
+        )
+        if not cfg.tie_embeddings:
+            param(self, "head", (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), normal)
+        x_BLD = table_VD.astype(cfg.compute_dtype)[tokens_BL]
+        x_BLD = constrain(x_BLD, "batch", "length", "act_embed")
+        rope = rope_tables(positions_BL, cfg.head_dim, cfg.rope_base)
+        if cache is None:
+            seen = training_visibility(positions_BL, segments_BL)
+        else:
+            if segments_BL is None:
+                segments_BL = jnp.ones_like(tokens_BL)
+            cache = kv.append_positions(cache, positions_BL, segments_BL)
+            seen = Visibility(positions_BL, cache.positions_BS, segments_BL, cache.segments_BS)
+        block = _rematerialised(Block, cfg.remat if cache is None else "none", cfg.scan_layers)
+        if cfg.scan_layers:
+            x_BLD = _scan_blocks(block, cfg)(x_BLD, rope, seen, cache)
+        else:
+            x_BLD, cache = _unrolled_blocks(block, cfg, x_BLD, rope, seen, cache)
+        return RMSNorm(cfg, name="final_norm")(x_BLD), cache
+
+
+def head_matrix(params, cfg: ModelConfig) -> jax.Array:
+    """The output head [V, D]; the embedding itself when the two are tied."""
+    return params["embedding"] if cfg.tie_embeddings else params["head"]
+
+
+def logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
+    """Scores of the next token over the padded vocabulary, in float32."""
+    return linear(hidden, head_VD.T).astype(jnp.float32)
+
+
+def stack_layers(params, cfg: ModelConfig):
+    """Parameters of unrolled layers (`block_0` ...) as one stacked `blocks` tree."""
+    blocks = [params[f"block_{layer}"] for layer in range(cfg.num_layers)]
+    rest = {name: leaf for name, leaf in params.items() if not name.startswith("block_")}
+    return rest | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
+
+
+def unstack_layers(params, cfg: ModelConfig):
+    """The inverse of `stack_layers`."""
+    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
+    layers = {
+        f"block_{layer}": jax.tree.map(lambda leaf, i=layer: leaf[i], params["blocks"])
+        for layer in range(cfg.num_layers)
+    }
+    return rest | layers
+
+
+def _rematerialised(block, policy: str, scanned: bool):
+    """The block with the named part of its activations recomputed in the backward pass."""
+    if policy == "none":
+        return block
+    policies = jax.checkpoint_policies
+    if policy == "full":
+        keep = policies.nothing_saveable
+    else:
+        keep = policies.save_from_both_policies(
+            policies.save_only_these_names(*_SAVED_NAMES[policy]),
+            # The log-sum-exp of cuDNN's kernel has no name; without it the kernel would run twice.
+            lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper",
+        )
+    # Under scan there is nothing that common-subexpression elimination could undo.
+    return nn.remat(block, policy=keep, prevent_cse=not scanned)
+
+
+def _scan_blocks(block, cfg: ModelConfig):
+    def run(x_BLD, rope, seen, cache):
+        if cache is not None:
+            raise ValueError("a cache needs model.scan_layers = False and unstacked parameters")
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+            length=cfg.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(cfg, name="blocks")(x_BLD, rope, seen, None)[0]
+
+    return run
+
+
+def _unrolled_blocks(block, cfg: ModelConfig, x_BLD, rope, seen, cache):
+    keys, values = [], []
+    for layer in range(cfg.num_layers):
+        layer_cache = None
+        if cache is not None:
+            layer_cache = (cache.keys[layer], cache.values[layer], cache.length)
+        x_BLD, updated = block(cfg, name=f"block_{layer}")(x_BLD, rope, seen, layer_cache)
+        if cache is not None:
+            keys.append(updated[0])
+            values.append(updated[1])
+    if cache is not None:
+        filled = cache.length + x_BLD.shape[1]
+        cache = cache.replace(keys=tuple(keys), values=tuple(values), length=filled)
+    return x_BLD, cache

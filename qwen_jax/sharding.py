@@ -1,0 +1,139 @@
+"""The mesh, the one table of logical axes, and everything that names a mesh axis.
+
+A parallel strategy is a choice of mesh sizes (`MeshConfig`); the table never changes. Parameters
+and activations are described by logical axes (`embed`, `heads`, ...); this file alone translates.
+"""
+
+import contextlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from qwen_jax.config import MeshConfig
+
+MESH_AXES = ("dcn", "data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. Names with `act_` are of activations: there the batch already holds
+# `fsdp`, so the residual width must stay whole.
+RULES: dict[str, tuple[str, ...] | str | None] = {
+    "batch": ("dcn", "data", "fsdp"),
+    "length": None,
+    "act_embed": None,
+    "act_heads": "tensor",
+    "act_mlp": "tensor",
+    "act_vocab": "tensor",
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "norm": None,
+    "layers": None,
+    "microbatch": None,
+}
+
+
+def resolve_mesh_sizes(cfg: MeshConfig, num_devices: int) -> dict[str, int]:
+    """The size of every mesh axis, with -1 filled in.
+
+    Raises:
+      ValueError: the product does not equal the number of devices; the text says what would fit.
+    """
+    sizes = {"dcn": cfg.dcn, "data": cfg.data, "fsdp": cfg.fsdp, "tensor": cfg.tensor}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    for axis, size in sizes.items():
+        if size == -1:
+            if num_devices % fixed:
+                raise ValueError(
+                    f"mesh: {asked} cannot fill mesh.{axis}: {fixed} does not divide the "
+                    f"{num_devices} devices present"
+                )
+            return sizes | {axis: num_devices // fixed}
+    if fixed != num_devices:
+        verb = "more" if fixed > num_devices else "fewer"
+        raise ValueError(
+            f"mesh: {asked} = {fixed} devices, {verb} than the {num_devices} present; set one axis "
+            f"to -1 to take what is left, for example --config.mesh.fsdp=-1"
+        )
+    return sizes
+
+
+def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """A mesh over all devices. Slices lie along `dcn`, hosts next, so that fsdp stays close.
+
+    Raises:
+      ValueError: see `resolve_mesh_sizes`.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = resolve_mesh_sizes(cfg, len(devices))
+    shape = tuple(sizes[axis] for axis in MESH_AXES)
+    if devices[0].platform == "cpu":
+        grid = np.asarray(devices).reshape(shape)
+    elif sizes["dcn"] > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (1, *shape[1:]), (sizes["dcn"], 1, 1, 1), devices=devices
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices=devices)
+    # Explicit axes (the default of `jax.make_mesh`) do not work with constraints by name.
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def check_divisible(mesh: Mesh, sizes: Mapping[str, tuple[str, int]]) -> None:
+    """Refuses dimensions that the mesh cannot split evenly.
+
+    sizes maps a config name to (logical axis, size).
+
+    Raises:
+      ValueError: one line for each dimension that does not divide.
+    """
+    problems = []
+    for name, (axis, size) in sizes.items():
+        ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in _mesh_axes(axis))
+        if size % ways:
+            axes = " x ".join(f"mesh.{a} {mesh.shape[a]}" for a in _mesh_axes(axis))
+            nearest = max(ways, round(size / ways) * ways)
+            problems.append(f"{name} = {size} is not divisible by {axes} = {ways}; try {nearest}")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def spec_of(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """The partition of an array whose dimensions carry these logical axes."""
+    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def sharding_of(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
+    """As `spec_of`, bound to a mesh."""
+    return NamedSharding(mesh, spec_of(axes))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an intermediate array to the layout of its logical axes; identity without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape.values()) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_of(axes))
+
+
+def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """Makes `constrain` effective for everything traced inside."""
+    return jax.set_mesh(mesh)
+
+
+def _mesh_axes(axis: str) -> tuple[str, ...]:
+    rule = RULES[axis]
+    if rule is None:
+        return ()
+    return (rule,) if isinstance(rule, str) else rule

@@ -1,0 +1,1 @@
+"""Text and tokens; nothing here imports JAX."""

@@ -1,0 +1,392 @@
+"""`python -m qwen_jax.train --config=configs/7b.py --workdir=DIR`: run it, run it again to resume.
+
+Flags -> `Config` -> `Stage` -> `loop.run`. This file wires; it computes nothing itself. Exit codes:
+0 done, 1 a fault of the program or the hardware, 2 a wrong setting or missing data, 42 preempted:
+saved, start me again.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags
+from jax.experimental import multihost_utils
+from ml_collections import config_flags
+
+from qwen_jax import distributed, metrics, sharding
+from qwen_jax.config import Config
+from qwen_jax.data import heldout as heldout_lib
+from qwen_jax.data.batch import SEGMENTED_FIELDS, STREAM_FIELDS, DeviceBatches, process_placement
+from qwen_jax.data.pipelines import VirtualShardBatches, format_mixture
+from qwen_jax.data.sources import open_sources
+from qwen_jax.model.attention import choose_backend
+from qwen_jax.stages import pretrain
+from qwen_jax.text import tokenizer as tokenizer_lib
+from qwen_jax.text import tokenizer_train
+from qwen_jax.trainer import loop
+from qwen_jax.trainer.checkpoint import Checkpoints, restore_params
+from qwen_jax.trainer.stage import Stage
+from qwen_jax.trainer.state import TrainState, abstract_state, create_state
+
+EXIT_CONFIG = 2
+META_FORMAT = 1
+# Largest accepted number of head rows without a token; more means another vocabulary.
+MAX_PADDING_ROWS = 1024
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one training command and returns its exit code."""
+    try:
+        values = _parse_flags(argv)
+        cfg = Config.from_dict(values.config.to_dict())
+        if values.dry_run:
+            return _dry_run(cfg, values.dry_run_devices)
+        found = distributed.join(values.coordinator, values.num_processes, values.process_id)
+        return train(cfg, values.workdir, found)
+    except ValueError as error:
+        _log(f"error: {error}")
+        return EXIT_CONFIG
+
+
+def train(cfg: Config, workdir_name: str, found: str = "single process") -> int:
+    """Trains one stage into a workdir; returns the exit code.
+
+    Raises:
+      ValueError: a setting, path or file that the user can mend; nothing has been compiled.
+    """
+    log = _log if jax.process_index() == 0 else _mute
+    log(f"processes: {found}")
+    mesh = sharding.make_mesh(cfg.mesh)
+    cfg = _resolve_backend(cfg, mesh, log)
+    _check_mesh(cfg, mesh)
+    workdir = _open_workdir(workdir_name)
+    tokenizer = _load_tokenizer(cfg, workdir, log)
+    stage, rows, gzip = _make_pretraining(cfg, mesh, tokenizer, log)
+    checkpoints = Checkpoints(
+        workdir / "checkpoints",
+        keep_latest=cfg.checkpoint.keep_latest,
+        keep_every=cfg.checkpoint.keep_every,
+        keep_best="heldout_loss" if cfg.checkpoint.keep_best else None,
+        async_save=cfg.checkpoint.async_save,
+        max_consecutive_failures=cfg.checkpoint.max_failures,
+        log=log,
+    )
+    preemption = distributed.Preemption(log)
+    preemption.install()
+    meta = _metadata(cfg, tokenizer, mesh)
+    state = _starting_state(cfg, stage, mesh, checkpoints, meta, log)
+    _announce(cfg, mesh, workdir, state, log)
+    context = loop.Run(cfg.train, cfg.checkpoint, mesh, workdir, checkpoints, preemption, meta, log)
+    try:
+        outcome = loop.run(stage, state, context)
+    finally:
+        checkpoints.close()
+    log(format_mixture(rows.mixture_report()))
+    if outcome.preempted:
+        log(f"preempted at step {outcome.summary['step']}: saved, run the same command to resume")
+        return distributed.EXIT_RESTART
+    if jax.process_index() == 0:
+        extra = {"name": cfg.name, "data": rows.mixture_report()}
+        if gzip is not None:
+            extra["gzip_bits_per_byte"] = gzip
+        loop.write_results(outcome, workdir, extra, f"{cfg.name}: loss")
+        _log_summary(outcome.summary | extra, workdir, log)
+    return 0
+
+
+def _parse_flags(argv: Sequence[str]) -> flags.FlagValues:
+    """The command line; every mistake on it becomes a ValueError."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "a file in configs/", lock_config=True, flag_values=values
+    )
+    flags.DEFINE_string(
+        "workdir", "", "where the run lives; the same one resumes", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "dry_run", False, "print sizes and memory, compute nothing", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "dry_run_devices",
+        0,
+        "devices to plan for in a dry run; 0: those present",
+        0,
+        flag_values=values,
+    )
+    flags.DEFINE_string("coordinator", None, "host:port of process 0", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "processes of the run", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "number of this process", flag_values=values)
+    try:
+        rest = values(argv)
+        if len(rest) > 1:
+            raise ValueError(f"unexpected arguments {rest[1:]}; settings are --config.name=value")
+        if values.config is None:
+            raise ValueError("--config is missing; for example --config=configs/tiny.py")
+    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+        raise ValueError(str(error).strip("'\"")) from error
+    if not isinstance(values.config, ml_collections.ConfigDict):
+        raise ValueError("--config: get_config() of the file must return a ConfigDict")
+    return values
+
+
+def _resolve_backend(cfg: Config, mesh: jax.sharding.Mesh, log: Callable) -> Config:
+    """The config with the attention back end decided, and the reason printed."""
+    platform = mesh.devices.flat[0].platform
+    backend, reason = choose_backend(cfg.model.attention, platform, cfg.model.compute_dtype)
+    log(f"attention: {backend} ({reason})")
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention=backend))
+
+
+def _check_mesh(cfg: Config, mesh: jax.sharding.Mesh) -> None:
+    rows = cfg.data.batch_size // cfg.train.num_microbatches
+    model = cfg.model
+    sharding.check_divisible(
+        mesh,
+        {
+            "data.batch_size / train.num_microbatches": ("batch", rows),
+            "model.num_heads": ("heads", model.num_heads),
+            "model.num_kv_heads": ("kv_heads", model.num_kv_heads),
+            "model.d_ff": ("mlp", model.d_ff),
+            "model.vocab_size": ("vocab", model.vocab_size),
+            "model.d_model": ("embed", model.d_model),
+        },
+    )
+
+
+def _open_workdir(name: str) -> Path:
+    """The workdir, made if need be and proved writable."""
+    if not name:
+        raise ValueError("--workdir is missing; name a directory for checkpoints and metrics")
+    workdir = Path(name)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".writable-{jax.process_index()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--workdir={name}: cannot write there ({error.strerror})") from error
+    return workdir
+
+
+def _load_tokenizer(cfg: Config, workdir: Path, log: Callable) -> tokenizer_lib.Tokenizer:
+    """The tokenizer of the config; `learn` learns it once and keeps it in the workdir."""
+    path = workdir / "tokenizer.tiktoken"
+    if cfg.tokenizer.path == "learn" and not path.exists():
+        if jax.process_index() == 0:
+            log(f"tokenizer: learning {cfg.tokenizer.learn_entries} entries from {cfg.data.train}")
+            learnt = tokenizer_train.learn(_training_texts(cfg), cfg.tokenizer.learn_entries)
+            tokenizer_lib.Tokenizer.from_ranks(learnt).save(path)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("tokenizer learnt")
+    tokenizer = tokenizer_lib.load(path if cfg.tokenizer.path == "learn" else cfg.tokenizer.path)
+    padding = cfg.model.vocab_size - tokenizer.vocab_size
+    if not 0 <= padding < MAX_PADDING_ROWS:
+        raise ValueError(
+            f"model.vocab_size = {cfg.model.vocab_size} does not fit the tokenizer "
+            f"{cfg.tokenizer.path!r} with {tokenizer.vocab_size} entries; set "
+            f"--config.model.vocab_size={math.ceil(tokenizer.vocab_size / 128) * 128}"
+        )
+    log(f"tokenizer: {tokenizer.vocab_size} entries, sha256 {tokenizer.sha256[:12]}")
+    return tokenizer
+
+
+def _training_texts(cfg: Config):
+    """Good texts of the training sources, up to `tokenizer.learn_bytes`."""
+    left = cfg.tokenizer.learn_bytes
+    for source in open_sources(_train_spec(cfg)):
+        for index in range(len(source.records)):
+            text = source.records[index]
+            if isinstance(text, str):
+                yield text
+                left -= len(text.encode("utf-8", "replace"))
+            if left <= 0:
+                return
+
+
+def _train_spec(cfg: Config) -> str:
+    if not cfg.data.train:
+        raise ValueError(
+            "data.train is empty: name the training data, for example "
+            "--config.data.train='jsonl:/data/*.jsonl'"
+        )
+    return cfg.data.train
+
+
+def _make_pretraining(cfg: Config, mesh, tokenizer, log: Callable):
+    """The stage, its rows (for the mixture report) and gzip's bits per byte of the held-out text."""
+    block, blocks = process_placement(mesh, cfg.data.batch_size)
+    rows = VirtualShardBatches(
+        open_sources(_train_spec(cfg), tokenizer_sha256=tokenizer.sha256),
+        tokenizer,
+        batch_size=cfg.data.batch_size,
+        seq_len=cfg.data.seq_len,
+        packing="first_fit" if cfg.data.packing == "first_fit" else "concat",
+        mask_documents=cfg.data.packing == "concat_masked",
+        seed=cfg.train.seed,
+        num_virtual_shards=cfg.data.virtual_shards,
+        process_index=block,
+        process_count=blocks,
+        prefetch_batches=cfg.data.prefetch_batches,
+        bad_records=cfg.data.bad_records,
+        max_bad_fraction=cfg.data.max_bad_fraction,
+        max_document_bytes=cfg.data.max_document_bytes,
+    )
+    fields = STREAM_FIELDS if cfg.data.packing == "concat" else SEGMENTED_FIELDS
+    limit = cfg.data.heldout_documents or None
+    heldout, gzip = [], None
+    if cfg.data.heldout:
+        sources = open_sources(cfg.data.heldout, tokenizer_sha256=tokenizer.sha256)
+        for source in sources:
+            scored = heldout_lib.heldout_rows(source, tokenizer, cfg.data.seq_len, limit)
+            heldout.append((source.name, scored))
+            documents, size = scored.num_documents, scored.num_bytes
+            log(f"held-out {source.name}: {documents} documents, {size} bytes")
+        if len(sources) == 1 and sources[0].kind != "arrayrecord":
+            gzip = heldout_lib.gzip_bits_per_byte(sources[0], limit)
+    stage = pretrain.make_stage(
+        cfg.model,
+        cfg.optimizer,
+        DeviceBatches(rows, mesh, fields),
+        mesh,
+        tokenizer,
+        total_steps=cfg.train.steps,
+        batch_shape=(cfg.data.batch_size, cfg.data.seq_len),
+        heldout=heldout,
+        rows_per_evaluation=cfg.data.batch_size // cfg.train.num_microbatches,
+        sample_prompts=cfg.train.sample_prompts,
+        sample_tokens=cfg.train.sample_tokens,
+        sample_key=jax.random.key(cfg.train.seed),
+    )
+    return stage, rows, gzip
+
+
+def _metadata(cfg: Config, tokenizer: tokenizer_lib.Tokenizer, mesh) -> dict[str, Any]:
+    """What a checkpoint says about itself."""
+    config = cfg.to_dict()
+    text = json.dumps(config, sort_keys=True)
+    return {
+        "format": META_FORMAT,
+        "config": config,
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "mesh": dict(mesh.shape),
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+        },
+    }
+
+
+def _starting_state(cfg: Config, stage: Stage, mesh, checkpoints, meta, log) -> TrainState:
+    """The state to train from, the first of these that applies.
+
+    1. The newest good checkpoint of this workdir. 2. Fresh state with the parameters of
+    `init_from`. 3. Fresh state.
+    """
+    key = jax.random.key(cfg.train.seed)
+    abstract = abstract_state(stage.init, stage.tx, key, mesh)
+
+    def check_meta(saved: dict) -> None:
+        if saved["tokenizer_sha256"] != meta["tokenizer_sha256"]:
+            raise ValueError(
+                f"the checkpoint was trained with tokenizer {saved['tokenizer_sha256'][:12]}, this "
+                f"run has {meta['tokenizer_sha256'][:12]}; use that tokenizer or another workdir"
+            )
+
+    restored = checkpoints.restore_latest(abstract, check_meta=check_meta)
+    if restored is not None:
+        stage.batches.set_state(restored.data_state)
+        log(f"resuming from step {restored.step}")
+        return restored.state
+    state = create_state(stage.init, stage.tx, key, mesh)
+    if cfg.init_from:
+        log(f"parameters from {cfg.init_from}")
+        return state.replace(params=restore_params(cfg.init_from, abstract.params))
+    return state
+
+
+def _announce(cfg: Config, mesh, workdir: Path, state: TrainState, log: Callable) -> None:
+    """Prints and saves the resolved config, and the size of what is about to be trained."""
+    text = json.dumps(cfg.to_dict(), indent=2, ensure_ascii=False)
+    log(f"config: {text}")
+    if jax.process_index() == 0:
+        metrics.write_atomically(workdir / "config.json", text + "\n")
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    log(
+        f"parameters: {count:,} on {mesh.size} {mesh.devices.flat[0].device_kind} ({axes or 'one'})"
+    )
+
+
+def _log_summary(summary: dict[str, Any], workdir: Path, log: Callable) -> None:
+    parts = [f"loss {summary['loss']:.4f}"]
+    if "bits_per_byte" in summary:
+        parts.append(f"bits_per_byte {summary['bits_per_byte']:.4f}")
+    if "gzip_bits_per_byte" in summary:
+        parts.append(f"gzip_bits_per_byte {summary['gzip_bits_per_byte']:.4f}")
+    parts.append(f"{summary['mean_tokens_per_sec']:,.0f} tokens/s")
+    log(f"done at step {summary['step']}: {', '.join(parts)}; see {workdir / 'summary.json'}")
+
+
+def _dry_run(cfg: Config, num_devices: int) -> int:
+    """Prints parameter count, shapes and memory per device; nothing is compiled or allocated."""
+    if num_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", num_devices)
+    mesh = sharding.make_mesh(cfg.mesh)
+    _check_mesh(cfg, mesh)
+    # Shapes do not depend on the back end, and the one of the real hardware may not run here.
+    model = dataclasses.replace(cfg.model, attention="reference")
+    schedule = pretrain.make_schedule(cfg.optimizer, cfg.train.steps)
+    tx = pretrain.make_optimizer(cfg.optimizer, schedule)
+    state = abstract_state(pretrain.init_fn(model), tx, jax.random.key(0), mesh)
+    print(f"{'parameter':<44}{'shape':<24}{'per device':<24}dtype")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        local = leaf.sharding.shard_shape(leaf.shape)
+        print(f"{name:<44}{leaf.shape!s:<24}{local!s:<24}{leaf.dtype}")
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    print(f"parameters: {count:,}")
+    rows = cfg.data.batch_size // cfg.train.num_microbatches
+    print(
+        f"batch: {cfg.data.batch_size} x {cfg.data.seq_len} tokens = "
+        f"{cfg.data.batch_size * cfg.data.seq_len:,}, {cfg.train.num_microbatches} microbatches "
+        f"of {rows} rows"
+    )
+    sizes = {"parameters": state.params, "optimizer": state.opt_state, "gradients": state.params}
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    print(f"memory per device, mesh {axes}:")
+    for name, tree in sizes.items():
+        print(f"  {name:<12}{_bytes_per_device(tree) / 2**30:9.2f} GiB")
+    total = sum(_bytes_per_device(tree) for tree in sizes.values())
+    print(f"  {'together':<12}{total / 2**30:9.2f} GiB, before activations")
+    return 0
+
+
+def _bytes_per_device(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _mute(text: str) -> None:
+    del text
+
+
+if __name__ == "__main__":
+    # absl's own exit code for a bad flag is 1, which launchers would take for a crash.
+    sys.exit(main(sys.argv))

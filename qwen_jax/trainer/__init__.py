@@ -1,0 +1,1 @@
+"""The loop, the step, the state and its checkpoints; it does not know what a token is."""

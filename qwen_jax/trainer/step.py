@@ -1,0 +1,88 @@
+"""The one training step: microbatches, one division, one update.
+
+Every stage's loss goes through it. Nothing else in the project takes gradients or applies updates.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qwen_jax.sharding import constrain
+from qwen_jax.trainer.stage import Stage
+from qwen_jax.trainer.state import TrainState
+
+
+def make_train_step(stage: Stage, num_microbatches: int) -> Callable:
+    """A function (state, batch) -> (state, metrics), to be jitted with the state donated.
+
+    The loss and every metric of the step are sums over the microbatches divided once by the summed
+    weight, so the result does not depend on how the batch is cut. An update whose loss or gradient
+    is not finite is not applied: parameters and moments stay as they were, `step` advances, and
+    `skipped` is 1.
+    """
+
+    def step(state: TrainState, batch: dict[str, jax.Array]):
+        key = jax.random.fold_in(state.key, state.step)
+        grads, loss_sum, weight, metrics = _accumulate(
+            stage, state.params, batch, key, num_microbatches
+        )
+        # An all-masked batch has weight 0 and must give a zero gradient, not NaN.
+        scale = 1.0 / jnp.maximum(weight, 1e-9)
+        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        loss, grad_norm = loss_sum * scale, optax.global_norm(grads)
+        updates, opt_state = stage.tx.update(grads, state.opt_state, state.params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        params = _where(finite, optax.apply_updates(state.params, updates), state.params)
+        opt_state = _where(finite, opt_state, state.opt_state)
+        report = {
+            name: total / jnp.maximum(count, 1e-9) for name, (total, count) in metrics.items()
+        }
+        report |= {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "weight": weight,
+            "skipped": 1 - finite.astype(jnp.int32),
+        }
+        return TrainState(state.step + 1, params, opt_state, state.key), report
+
+    return step
+
+
+def _accumulate(stage: Stage, params: Any, batch: dict, key: jax.Array, num_microbatches: int):
+    """Sums of gradients, loss, weight and metrics over the microbatches of one batch."""
+
+    def one(microbatch, microbatch_key):
+        def loss(p):
+            (loss_sum, weight), metrics = stage.loss(p, microbatch, microbatch_key)
+            return loss_sum, (weight, metrics)
+
+        (loss_sum, (weight, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return grads, loss_sum, weight, metrics
+
+    if num_microbatches == 1:
+        return one(batch, jax.random.fold_in(key, 0))
+    parts = jax.tree.map(lambda x: _split_rows(x, num_microbatches), batch)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_microbatches))
+    first = jax.tree.map(lambda x: x[0], (parts, keys))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *first))
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, one(*part)), None
+
+    return jax.lax.scan(add, zeros, (parts, keys))[0]
+
+
+def _split_rows(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] as [parts, B / parts, ...], every part spread over all devices.
+
+    Row i goes to part i mod parts: contiguous parts would each lie on a few devices only.
+    """
+    split = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+    return constrain(split, "microbatch", "batch", *(None,) * (x.ndim - 1))
+
+
+def _where(condition: jax.Array, chosen: Any, other: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, other)
