@@ -97,9 +97,10 @@ def check_divisible(mesh: Mesh, sizes: Mapping[str, tuple[str, int]]) -> None:
     for name, (axis, size) in sizes.items():
         ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in _mesh_axes(axis))
         if size % ways:
-            axes = " x ".join(f"mesh.{a} {mesh.shape[a]}" for a in _mesh_axes(axis))
+            split = [a for a in _mesh_axes(axis) if mesh.shape[a] > 1]
+            axes = " x ".join(f"mesh.{a} {mesh.shape[a]}" for a in split)
             nearest = max(ways, round(size / ways) * ways)
-            problems.append(f"{name} = {size} is not divisible by {axes} = {ways}; try {nearest}")
+            problems.append(f"{name} = {size} is not divisible by {axes}; try {nearest}")
     if problems:
         raise ValueError("\n".join(problems))
 

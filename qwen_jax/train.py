@@ -6,70 +6,86 @@ saved, start me again.
 """
 
 import dataclasses
+import difflib
 import hashlib
 import importlib.metadata
 import json
 import math
+import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 from absl import flags
-from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from qwen_jax import distributed, metrics, sharding
+from qwen_jax import distributed, inputs, metrics, sharding
 from qwen_jax.config import Config
-from qwen_jax.data import heldout as heldout_lib
-from qwen_jax.data.batch import SEGMENTED_FIELDS, STREAM_FIELDS, DeviceBatches, process_placement
+from qwen_jax.data.batch import SEGMENTED_FIELDS, STREAM_FIELDS, DeviceBatches
 from qwen_jax.data.pipelines import VirtualShardBatches, format_mixture
-from qwen_jax.data.sources import open_sources
 from qwen_jax.model.attention import choose_backend
 from qwen_jax.stages import pretrain
-from qwen_jax.text import tokenizer as tokenizer_lib
-from qwen_jax.text import tokenizer_train
+from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.trainer import loop
-from qwen_jax.trainer.checkpoint import Checkpoints, restore_params
+from qwen_jax.trainer.checkpoint import Checkpoints, NoUsableCheckpoint, restore_params
 from qwen_jax.trainer.stage import Stage
 from qwen_jax.trainer.state import TrainState, abstract_state, create_state
 
 EXIT_CONFIG = 2
 META_FORMAT = 1
-# Largest accepted number of head rows without a token; more means another vocabulary.
-MAX_PADDING_ROWS = 1024
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs one training command and returns its exit code."""
+    sys.argv = list(argv)  # config_flags looks there for the overrides
     try:
         values = _parse_flags(argv)
         cfg = Config.from_dict(values.config.to_dict())
         if values.dry_run:
             return _dry_run(cfg, values.dry_run_devices)
         found = distributed.join(values.coordinator, values.num_processes, values.process_id)
-        return train(cfg, values.workdir, found)
+        job = prepare(cfg, values.workdir, found)
     except ValueError as error:
         _log(f"error: {error}")
         return EXIT_CONFIG
+    except NoUsableCheckpoint as error:
+        _log(f"error: {error}")
+        return 1
+    # From here on a ValueError is a fault of the program: it keeps its traceback and exits 1.
+    return train(job)
 
 
-def train(cfg: Config, workdir_name: str, found: str = "single process") -> int:
-    """Trains one stage into a workdir; returns the exit code.
+class Job(NamedTuple):
+    """A run that is ready to start: all its inputs were read and found good."""
+
+    cfg: Config
+    stage: Stage
+    state: TrainState
+    context: loop.Run
+    rows: VirtualShardBatches
+    gzip_bits_per_byte: float | None
+
+
+def prepare(cfg: Config, workdir_name: str, found: str = "single process") -> Job:
+    """Checks settings, opens data and tokenizer, and makes or restores the state.
 
     Raises:
-      ValueError: a setting, path or file that the user can mend; nothing has been compiled.
+      ValueError: a setting, path or file that the user can mend; no step has been compiled.
+      NoUsableCheckpoint: the workdir has checkpoints but none can be used.
     """
     log = _log if jax.process_index() == 0 else _mute
     log(f"processes: {found}")
     mesh = sharding.make_mesh(cfg.mesh)
     cfg = _resolve_backend(cfg, mesh, log)
     _check_mesh(cfg, mesh)
-    workdir = _open_workdir(workdir_name)
-    tokenizer = _load_tokenizer(cfg, workdir, log)
-    stage, rows, gzip = _make_pretraining(cfg, mesh, tokenizer, log)
+    workdir = inputs.open_workdir(workdir_name)
+    tokenizer = inputs.load_tokenizer(cfg, workdir, log)
+    heldout = inputs.load_heldout(cfg, tokenizer, log)
+    rows = inputs.training_rows(cfg, mesh, tokenizer)
+    stage = _pretraining(cfg, mesh, tokenizer, rows, heldout)
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         keep_latest=cfg.checkpoint.keep_latest,
@@ -85,20 +101,34 @@ def train(cfg: Config, workdir_name: str, found: str = "single process") -> int:
     state = _starting_state(cfg, stage, mesh, checkpoints, meta, log)
     _announce(cfg, mesh, workdir, state, log)
     context = loop.Run(cfg.train, cfg.checkpoint, mesh, workdir, checkpoints, preemption, meta, log)
+    return Job(cfg, stage, state, context, rows, heldout.gzip_bits_per_byte)
+
+
+def train(job: Job) -> int:
+    """Runs a prepared job to its end or its preemption; returns the exit code."""
+    context, log = job.context, job.context.log
+    if int(job.state.step) >= job.cfg.train.steps:
+        log(f"nothing to do: step {int(job.state.step)} of {job.cfg.train.steps} is reached")
+        job.stage.batches.close()
+        context.checkpoints.close()
+        return 0
     try:
-        outcome = loop.run(stage, state, context)
+        outcome = loop.run(job.stage, job.state, context)
+    except loop.NonFiniteError as error:
+        log(f"error: {error}")
+        return 1
     finally:
-        checkpoints.close()
-    log(format_mixture(rows.mixture_report()))
+        context.checkpoints.close()
+    log(format_mixture(job.rows.mixture_report()))
     if outcome.preempted:
         log(f"preempted at step {outcome.summary['step']}: saved, run the same command to resume")
         return distributed.EXIT_RESTART
     if jax.process_index() == 0:
-        extra = {"name": cfg.name, "data": rows.mixture_report()}
-        if gzip is not None:
-            extra["gzip_bits_per_byte"] = gzip
-        loop.write_results(outcome, workdir, extra, f"{cfg.name}: loss")
-        _log_summary(outcome.summary | extra, workdir, log)
+        extra = {"name": job.cfg.name, "data": job.rows.mixture_report()}
+        if job.gzip_bits_per_byte is not None:
+            extra["gzip_bits_per_byte"] = job.gzip_bits_per_byte
+        loop.write_results(outcome, context.workdir, extra, f"{job.cfg.name}: loss")
+        _log_summary(outcome.summary | extra, context.workdir, log)
     return 0
 
 
@@ -130,11 +160,42 @@ def _parse_flags(argv: Sequence[str]) -> flags.FlagValues:
             raise ValueError(f"unexpected arguments {rest[1:]}; settings are --config.name=value")
         if values.config is None:
             raise ValueError("--config is missing; for example --config=configs/tiny.py")
-    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
-        raise ValueError(str(error).strip("'\"")) from error
-    if not isinstance(values.config, ml_collections.ConfigDict):
+        # A file that cannot be read raises here, not when it was parsed.
+        is_config = isinstance(values.config.lock(), ml_collections.ConfigDict)
+    except (AttributeError, KeyError) as error:
+        raise ValueError(_unknown_setting(argv) or str(error)) from error
+    except (flags.Error, TypeError, OSError) as error:
+        raise ValueError(str(error)) from error
+    if not is_config:
         raise ValueError("--config: get_config() of the file must return a ConfigDict")
     return values
+
+
+def _unknown_setting(argv: Sequence[str]) -> str:
+    """Names the first override of a setting that the config lacks, and its nearest neighbour."""
+    files = [a for a in argv[1:] if a.startswith(("--config=", "-config="))]
+    if not files:
+        return ""
+    path, _, argument = files[-1].split("=", 1)[1].partition(":")
+    get_config = runpy.run_path(path)["get_config"]
+    config = get_config(argument) if argument else get_config()
+    known = [f"config.{name}" for name in _dotted(config.to_dict())]
+    for argument in argv[1:]:
+        name = argument.lstrip("-").split("=")[0]
+        if name.startswith("config.") and name not in known:
+            group = name.rpartition(".")[0]
+            keys = [key for parent, _, key in (k.rpartition(".") for k in known) if parent == group]
+            near = difflib.get_close_matches(name.rpartition(".")[2], keys or known, n=1, cutoff=0)
+            advice = f"--{group}.{near[0]}" if keys else f"--{near[0]}"
+            return f"--{name}: there is no such setting; did you mean {advice}?"
+    return ""
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        yield prefix + name
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{name}.")
 
 
 def _resolve_backend(cfg: Config, mesh: jax.sharding.Mesh, log: Callable) -> Config:
@@ -161,97 +222,9 @@ def _check_mesh(cfg: Config, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def _open_workdir(name: str) -> Path:
-    """The workdir, made if need be and proved writable."""
-    if not name:
-        raise ValueError("--workdir is missing; name a directory for checkpoints and metrics")
-    workdir = Path(name)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".writable-{jax.process_index()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--workdir={name}: cannot write there ({error.strerror})") from error
-    return workdir
-
-
-def _load_tokenizer(cfg: Config, workdir: Path, log: Callable) -> tokenizer_lib.Tokenizer:
-    """The tokenizer of the config; `learn` learns it once and keeps it in the workdir."""
-    path = workdir / "tokenizer.tiktoken"
-    if cfg.tokenizer.path == "learn" and not path.exists():
-        if jax.process_index() == 0:
-            log(f"tokenizer: learning {cfg.tokenizer.learn_entries} entries from {cfg.data.train}")
-            learnt = tokenizer_train.learn(_training_texts(cfg), cfg.tokenizer.learn_entries)
-            tokenizer_lib.Tokenizer.from_ranks(learnt).save(path)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("tokenizer learnt")
-    tokenizer = tokenizer_lib.load(path if cfg.tokenizer.path == "learn" else cfg.tokenizer.path)
-    padding = cfg.model.vocab_size - tokenizer.vocab_size
-    if not 0 <= padding < MAX_PADDING_ROWS:
-        raise ValueError(
-            f"model.vocab_size = {cfg.model.vocab_size} does not fit the tokenizer "
-            f"{cfg.tokenizer.path!r} with {tokenizer.vocab_size} entries; set "
-            f"--config.model.vocab_size={math.ceil(tokenizer.vocab_size / 128) * 128}"
-        )
-    log(f"tokenizer: {tokenizer.vocab_size} entries, sha256 {tokenizer.sha256[:12]}")
-    return tokenizer
-
-
-def _training_texts(cfg: Config):
-    """Good texts of the training sources, up to `tokenizer.learn_bytes`."""
-    left = cfg.tokenizer.learn_bytes
-    for source in open_sources(_train_spec(cfg)):
-        for index in range(len(source.records)):
-            text = source.records[index]
-            if isinstance(text, str):
-                yield text
-                left -= len(text.encode("utf-8", "replace"))
-            if left <= 0:
-                return
-
-
-def _train_spec(cfg: Config) -> str:
-    if not cfg.data.train:
-        raise ValueError(
-            "data.train is empty: name the training data, for example "
-            "--config.data.train='jsonl:/data/*.jsonl'"
-        )
-    return cfg.data.train
-
-
-def _make_pretraining(cfg: Config, mesh, tokenizer, log: Callable):
-    """The stage, its rows (for the mixture report) and gzip's bits per byte of the held-out text."""
-    block, blocks = process_placement(mesh, cfg.data.batch_size)
-    rows = VirtualShardBatches(
-        open_sources(_train_spec(cfg), tokenizer_sha256=tokenizer.sha256),
-        tokenizer,
-        batch_size=cfg.data.batch_size,
-        seq_len=cfg.data.seq_len,
-        packing="first_fit" if cfg.data.packing == "first_fit" else "concat",
-        mask_documents=cfg.data.packing == "concat_masked",
-        seed=cfg.train.seed,
-        num_virtual_shards=cfg.data.virtual_shards,
-        process_index=block,
-        process_count=blocks,
-        prefetch_batches=cfg.data.prefetch_batches,
-        bad_records=cfg.data.bad_records,
-        max_bad_fraction=cfg.data.max_bad_fraction,
-        max_document_bytes=cfg.data.max_document_bytes,
-    )
+def _pretraining(cfg: Config, mesh, tokenizer, rows, heldout: inputs.Heldout) -> Stage:
     fields = STREAM_FIELDS if cfg.data.packing == "concat" else SEGMENTED_FIELDS
-    limit = cfg.data.heldout_documents or None
-    heldout, gzip = [], None
-    if cfg.data.heldout:
-        sources = open_sources(cfg.data.heldout, tokenizer_sha256=tokenizer.sha256)
-        for source in sources:
-            scored = heldout_lib.heldout_rows(source, tokenizer, cfg.data.seq_len, limit)
-            heldout.append((source.name, scored))
-            documents, size = scored.num_documents, scored.num_bytes
-            log(f"held-out {source.name}: {documents} documents, {size} bytes")
-        if len(sources) == 1 and sources[0].kind != "arrayrecord":
-            gzip = heldout_lib.gzip_bits_per_byte(sources[0], limit)
-    stage = pretrain.make_stage(
+    return pretrain.make_stage(
         cfg.model,
         cfg.optimizer,
         DeviceBatches(rows, mesh, fields),
@@ -259,16 +232,15 @@ def _make_pretraining(cfg: Config, mesh, tokenizer, log: Callable):
         tokenizer,
         total_steps=cfg.train.steps,
         batch_shape=(cfg.data.batch_size, cfg.data.seq_len),
-        heldout=heldout,
+        heldout=heldout.sources,
         rows_per_evaluation=cfg.data.batch_size // cfg.train.num_microbatches,
         sample_prompts=cfg.train.sample_prompts,
         sample_tokens=cfg.train.sample_tokens,
         sample_key=jax.random.key(cfg.train.seed),
     )
-    return stage, rows, gzip
 
 
-def _metadata(cfg: Config, tokenizer: tokenizer_lib.Tokenizer, mesh) -> dict[str, Any]:
+def _metadata(cfg: Config, tokenizer: Tokenizer, mesh) -> dict[str, Any]:
     """What a checkpoint says about itself."""
     config = cfg.to_dict()
     text = json.dumps(config, sort_keys=True)

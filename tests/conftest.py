@@ -12,5 +12,18 @@ os.environ.setdefault(
 )
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+from golden_files import Golden  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite tests/golden/ instead of comparing"
+    )
+
+
+@pytest.fixture
+def golden(request):
+    return Golden(request.config.getoption("--update-golden"))

@@ -32,7 +32,7 @@ def make_train_step(stage: Stage, num_microbatches: int) -> Callable:
         # An all-masked batch has weight 0 and must give a zero gradient, not NaN.
         scale = 1.0 / jnp.maximum(weight, 1e-9)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        loss, grad_norm = loss_sum * scale, optax.global_norm(grads)
+        loss, grad_norm = loss_sum * scale, optax.tree.norm(grads)
         updates, opt_state = stage.tx.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         params = _where(finite, optax.apply_updates(state.params, updates), state.params)

@@ -1,0 +1,1 @@
+"""Checkpoints from and to the outside world: names, configs, tokenizers, files."""

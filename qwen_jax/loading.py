@@ -1,0 +1,209 @@
+"""Models from disk, ours or foreign, for every command that only reads: parameters, config, ids.
+
+`load` takes a workdir, a checkpoint, a directory of safetensors or a `.gguf` file. Where the files
+lie inside a workdir is known here; reading them is the work of `trainer/restore.py` and `hf/`.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.hf import convert
+from qwen_jax.hf import tokenizer as tokenizer_lib
+from qwen_jax.hf.configs import Context
+from qwen_jax.hf.tokenizer import AnyTokenizer
+from qwen_jax.model.attention import choose_backend
+from qwen_jax.model.transformer import Transformer
+from qwen_jax.trainer import restore
+from qwen_jax.trainer.state import state_shardings
+
+# Stages whose models speak ChatML.
+CHAT_STAGES = ("sft", "ppo")
+
+
+class Loaded(NamedTuple):
+    """A model that can run here: parameters, config (attention chosen for this hardware), ids."""
+
+    params: Any
+    cfg: ModelConfig
+    tokenizer: AnyTokenizer
+
+
+class Checkpoint(NamedTuple):
+    """One of our checkpoints, nothing but its meta read yet. chat: whether it speaks ChatML."""
+
+    step_dir: Path
+    meta: Mapping[str, Any]
+    cfg: ModelConfig
+    tokenizer: AnyTokenizer
+    context: Context
+    chat: bool
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: str = convert.AS_IS,
+    tokenizer: str = "",
+    subtree: str = "",
+) -> Loaded:
+    """Loads a model: a workdir, one of its steps, a Hugging Face directory or a `.gguf` file.
+
+    mesh: spreads the parameters by the table of logical axes; None: the first local device.
+    dtype: of the parameters, `as_is` keeps that of the files. tokenizer: a file, or `official`,
+    instead of the one that belongs to the model. subtree: `policy` for a checkpoint of PPO.
+
+    Raises:
+      ValueError: no model there, or one that does not fit this code; the text says what and why.
+    """
+    path = Path(path)
+    if is_ours(path):
+        found = open_checkpoint(path, tokenizer)
+        cfg = _with_dtype(found.cfg, dtype)
+        abstract = _abstract(cfg, mesh)
+        params = restore.restore_params(found.step_dir, abstract, subtree=subtree)
+        return Loaded(params, runnable(cfg), found.tokenizer)
+    if not _is_foreign(path):
+        raise ValueError(
+            f"{path} is neither a workdir (checkpoints/ is missing), nor a checkpoint "
+            "(manifest.json), nor a Hugging Face directory (config.json), nor a .gguf file"
+        )
+    imported = convert.import_checkpoint(path, mesh=mesh, dtype=dtype, tokenizer=tokenizer)
+    return Loaded(imported.params, runnable(imported.cfg), imported.tokenizer)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a path is a workdir, a directory of steps or a step, judged by its names alone."""
+    if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file():
+        return True
+    return path.is_dir() and any(
+        entry.name.isdigit() and (entry / "manifest.json").is_file() for entry in path.iterdir()
+    )
+
+
+def open_checkpoint(path: str | os.PathLike[str], tokenizer: str = "") -> Checkpoint:
+    """Finds the newest usable step and what belongs to it. `path`, `tokenizer` as in `load`.
+
+    Raises:
+      ValueError: nothing usable, or a tokenizer other than that of the training.
+    """
+    step_dir = restore.find_step(path)
+    meta = restore.read_meta(step_dir)
+    config = meta["config"]
+    cfg = _model_config(config["model"], step_dir)
+    found = _find_tokenizer(step_dir, config, tokenizer)
+    if found.sha256 != meta["tokenizer_sha256"]:
+        raise ValueError(
+            f"{step_dir} was made with tokenizer {meta['tokenizer_sha256'][:12]}, the one found is "
+            f"{found.sha256[:12]}; name the right file with --tokenizer"
+        )
+    if "source" in config:
+        source = dict(config["source"])
+        context = Context(**source["context"])
+    else:
+        context = Context(config["data"]["seq_len"], config["data"]["seq_len"])
+    return Checkpoint(step_dir, meta, cfg, found, context, config["stage"] in CHAT_STAGES)
+
+
+def leaf_reader(found: Checkpoint, subtree: str = "") -> convert.ReadLeaf:
+    """Reads one parameter at a time from a checkpoint, layers stacked, onto the host.
+
+    Raises:
+      ValueError: every leaf in which checkpoint and config differ.
+    """
+    names = ["params", *(subtree.split(".") if subtree else [])]
+    manifest = restore.read_manifest(found.step_dir)
+    prefix = ".".join(names) + "."
+    saved = {name: leaf for name, leaf in manifest["leaves"].items() if name.startswith(prefix)}
+    abstract = _abstract(found.cfg, None)
+    wanted = restore.leaf_table(_nested(names, abstract))
+    restore.check_leaves(found.step_dir, saved, wanted, cast=True)
+
+    def read_one(path: list[str]) -> np.ndarray:
+        leaf = abstract
+        for name in path:
+            leaf = leaf[name]
+        tree = restore.restore_arrays(
+            found.step_dir, _nested(names + path, leaf), manifest["key_impl"], partial=True
+        )
+        return jax.device_get(jax.tree.leaves(tree)[0])
+
+    def read(path: str) -> np.ndarray:
+        first, *rest = path.split("/")
+        if first == "blocks" and not found.cfg.scan_layers:
+            layers = range(found.cfg.num_layers)
+            return np.stack([read_one([f"block_{layer}", *rest]) for layer in layers])
+        return read_one([first, *rest])
+
+    return read
+
+
+def runnable(cfg: ModelConfig) -> ModelConfig:
+    """The config with the attention of this hardware, wherever the model was trained."""
+    backend, _ = choose_backend("auto", jax.default_backend(), cfg.compute_dtype)
+    return dataclasses.replace(cfg, attention=backend)
+
+
+def _is_foreign(path: Path) -> bool:
+    return path.is_file() or (path / "config.json").is_file()
+
+
+def _model_config(values: Mapping[str, Any], where: Path) -> ModelConfig:
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    if known != set(values):
+        raise ValueError(
+            f"{where}: the model config has other fields than this code: "
+            f"{', '.join(sorted(known ^ set(values)))}; use the qwen_jax version that wrote it"
+        )
+    return ModelConfig(**values)
+
+
+def _with_dtype(cfg: ModelConfig, dtype: str) -> ModelConfig:
+    return cfg if dtype == convert.AS_IS else dataclasses.replace(cfg, param_dtype=dtype)
+
+
+def _abstract(cfg: ModelConfig, mesh: jax.sharding.Mesh | None) -> Any:
+    """Shapes of the parameters as the config stores them, with their places on the mesh."""
+    model = Transformer(dataclasses.replace(cfg, attention="reference"))
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
+    if mesh is None:
+        return nn.unbox(boxed)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        nn.unbox(boxed),
+        state_shardings(boxed, mesh),
+    )
+
+
+def _find_tokenizer(step_dir: Path, config: Mapping[str, Any], asked: str) -> AnyTokenizer:
+    if asked:
+        return tokenizer_lib.load_tokenizer(asked)
+    places = [step_dir.parent]
+    if step_dir.parent.name == "checkpoints":
+        places.insert(0, step_dir.parent.parent)
+    for place in places:
+        file = tokenizer_lib.find_tokenizer(place)
+        if file is not None:
+            return tokenizer_lib.load_tokenizer(file)
+    if "tokenizer" in config and config["tokenizer"]["path"] != "learn":
+        return tokenizer_lib.load_tokenizer(config["tokenizer"]["path"])
+    raise ValueError(
+        f"{step_dir}: no tokenizer file beside the checkpoint ({places[0]}); name it with "
+        "--tokenizer"
+    )
+
+
+def _nested(names: list[str], leaf: Any) -> Any:
+    for name in reversed(names):
+        leaf = {name: leaf}
+    return leaf
