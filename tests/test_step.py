@@ -9,7 +9,7 @@ import optax
 import pytest
 from tiny import (
     SHARED_SHAPE,
-    mesh_of,
+    compiled_step,
     random_batch,
     shared_step,
     tiny_config,
@@ -17,7 +17,6 @@ from tiny import (
     tiny_stage,
 )
 
-from qwen_jax.stages.pretrain import loss_fn
 from qwen_jax.trainer.optimizer import decay_mask, make_optimizer, make_schedule
 from qwen_jax.trainer.state import TrainState, create_state, init_state, subkey
 from qwen_jax.trainer.step import make_train_step
@@ -66,6 +65,7 @@ def toy_batch(seed=0, **changes):
 
 
 def bits(tree):
+    """The exact bytes of every leaf."""
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
@@ -88,7 +88,8 @@ def test_microbatches_change_nothing_on_a_toy():
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, one[0].params
         )
     assert float(one[1]["weight"]) == 5
-    assert float(one[1]["positive"]) == np.mean(batch["y"][UNEQUAL > 0, 0] > 0)
+    expected = np.mean(batch["y"][UNEQUAL > 0, 0] > 0)
+    assert float(one[1]["positive"]) == pytest.approx(expected, rel=1e-6)
     # The mean of the parts' means is another number.
     means = []
     for part in range(4):
@@ -98,19 +99,16 @@ def test_microbatches_change_nothing_on_a_toy():
     assert abs(np.mean(means) - float(one[1]["loss"])) > 0.1
 
 
+@pytest.mark.slow
 def test_microbatches_change_nothing_on_the_model():
-    stage, _, whole = shared_step()
-    cut = jax.jit(make_train_step(stage, 4), donate_argnums=0)
-    batch = random_batch(*SHARED_SHAPE)
+    stage, mesh, whole = shared_step()
+    cut = compiled_step(stage, mesh, 4)
     rows, length = SHARED_SHAPE
     lengths = np.array([32, 32, 20, 3, 32, 1, 0, 3])[:, None]
-    batch["loss_mask"] = (np.arange(length)[None, :] < lengths).astype(np.int32)
-    states = [create_state(stage.init, stage.tx, jax.random.key(0), mesh_of(1)) for _ in range(2)]
-    loss = loss_fn(tiny_config())
-    parts = [
-        loss(states[0].params, {name: x[part::4] for name, x in batch.items()}, None)[0]
-        for part in range(4)
-    ]
+    mask = (np.arange(length)[None, :] < lengths).astype(np.int32)
+    batch = random_batch(rows, length) | {"loss_mask": mask}
+    assert [int(mask[part::4].sum()) for part in range(4)] == [64, 33, 20, 6]
+    states = [create_state(stage.init, stage.tx, jax.random.key(0), mesh) for _ in range(2)]
     for _ in range(3):
         (states[0], one), (states[1], four) = whole(states[0], batch), cut(states[1], batch)
         for name in ("loss", "grad_norm", "weight"):
@@ -118,8 +116,6 @@ def test_microbatches_change_nothing_on_the_model():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), states[0].params, states[1].params
     )
-    weights = [float(weight) for _, weight in parts]
-    assert len(set(weights)) == 4 and sum(weights) == float(one["weight"])
 
 
 def test_every_microbatch_and_step_has_its_own_key():
@@ -206,14 +202,14 @@ def test_clipping(clip_norm):
     state, report = jax.jit(make_train_step(stage, 1))(toy_state(stage), toy_batch())
     norm = float(report["grad_norm"])
     assert norm > 1  # the report shows it before clipping
-    reached = float(optax.global_norm(moments(state, "mu"))) / (1 - 0.9)
+    reached = float(optax.tree.norm(moments(state, "mu"))) / (1 - 0.9)
     assert reached == pytest.approx(clip_norm or norm, rel=1e-5)
 
 
 def test_small_gradients_are_not_clipped():
     stage = toy_stage(clip_norm=1e3)
     state, report = jax.jit(make_train_step(stage, 1))(toy_state(stage), toy_batch())
-    reached = float(optax.global_norm(moments(state, "mu"))) / (1 - 0.9)
+    reached = float(optax.tree.norm(moments(state, "mu"))) / (1 - 0.9)
     assert reached == pytest.approx(float(report["grad_norm"]), rel=1e-5)
 
 

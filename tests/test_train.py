@@ -146,7 +146,9 @@ class TestWholeRun:
 
 
 class TestResume:
-    def test_preempted_and_run_again_is_bit_identical(self, corpus, finished, tmp_path, monkeypatch):
+    def test_preempted_and_run_again_is_bit_identical(
+        self, corpus, finished, tmp_path, monkeypatch
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(distributed.Preemption, "reached", lambda self, step: step == 3)
             assert train.main(arguments(corpus, tmp_path)) == distributed.EXIT_RESTART
@@ -173,7 +175,9 @@ class TestResume:
         assert "resuming from step 4" in capfd.readouterr().err
         assert_same_state(finished, again)
 
-    def test_nothing_usable_stops_instead_of_starting_afresh(self, corpus, finished, tmp_path, capfd):
+    def test_nothing_usable_stops_instead_of_starting_afresh(
+        self, corpus, finished, tmp_path, capfd
+    ):
         again = tmp_path / "again"
         shutil.copytree(finished, again)
         for step in (again / "checkpoints").iterdir():
@@ -243,9 +247,9 @@ class TestBadInput:
         shutil.copytree(finished, again)
         assert train.main(arguments(corpus, again, "--config.model.d_ff=32")) == 2
         error = capfd.readouterr().err
-        assert error.count("feed_forward") >= 3 and "(2, 16, 16)" in error.replace("[", "(").replace(
-            "]", ")"
-        )
+        assert error.count("feed_forward") >= 3 and "(2, 16, 16)" in error.replace(
+            "[", "("
+        ).replace("]", ")")
         assert (again / "checkpoints/6").exists()  # nothing saved is lost
 
     def test_checkpoint_of_another_tokenizer(self, corpus, finished, tmp_path, capfd):
@@ -276,7 +280,9 @@ class TestBadInput:
 
 
 class TestNonFinite:
-    def test_stops_after_the_limit_and_saves_nothing_bad(self, corpus, tmp_path, capfd, monkeypatch):
+    def test_stops_after_the_limit_and_saves_nothing_bad(
+        self, corpus, tmp_path, capfd, monkeypatch
+    ):
         from qwen_jax.stages import pretrain
 
         good = pretrain.loss_fn

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
+from qwen_jax.data.batch import to_devices
 from qwen_jax.model.transformer import Transformer, head_matrix, logits
-from qwen_jax.sharding import make_mesh
+from qwen_jax.sharding import make_mesh, use_mesh
 from qwen_jax.stages.pretrain import init_fn, loss_fn
 from qwen_jax.text.tokenizer import Tokenizer, byte_ranks
 from qwen_jax.trainer.optimizer import make_optimizer, make_schedule
@@ -98,7 +99,18 @@ def shared_step():
     The batches must be of `SHARED_SHAPE`, the state must come from `create_state`.
     """
     stage, mesh = tiny_stage(tiny_config(), tiny_optimizer()), mesh_of(1)
-    return stage, mesh, jax.jit(make_train_step(stage, 1), donate_argnums=0)
+    return stage, mesh, compiled_step(stage, mesh, 1)
+
+
+def compiled_step(stage: Stage, mesh: jax.sharding.Mesh, num_microbatches: int):
+    """(state, NumPy batch) -> (state, report) over the mesh, the way the loop runs it."""
+    step = jax.jit(make_train_step(stage, num_microbatches), donate_argnums=0)
+
+    def run(state, batch):
+        with use_mesh(mesh):
+            return step(state, to_devices(batch, mesh))
+
+    return run
 
 
 def abstract_params(cfg: ModelConfig):

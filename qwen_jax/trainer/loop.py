@@ -66,16 +66,19 @@ def run(stage: Stage, state: TrainState, context: Run) -> Outcome:
         step_fn = jax.jit(make_train_step(stage, cfg.num_microbatches), donate_argnums=0)
     reporter = _Reporter(stage, context, start)
     watchdog = Watchdog(cfg.hang_timeout_secs)
+    profiler = _Profiler(cfg, context.workdir)
     pending, preempted, step = None, False, start
     try:
         for step in range(start + 1, cfg.steps + 1):
-            _profile(cfg, step - start, context.workdir)
+            profiler.before_step(step - start)
             batch = stage.batches.next(state)
             with sharding.use_mesh(context.mesh):
                 state, metrics = step_fn(state, batch)
             if pending is not None:
                 reporter.read(*pending)
             pending = (step, metrics)
+            if step == start + 1:
+                watchdog.start()  # not before the first step has been compiled
             watchdog.beat()
             scores = None
             if _due(step, cfg.eval_every, cfg.steps) and stage.evaluate is not None:
@@ -98,6 +101,7 @@ def run(stage: Stage, state: TrainState, context: Run) -> Outcome:
             reporter.read(*pending)
     finally:
         watchdog.stop()
+        profiler.stop()
         reporter.close()
         stage.batches.close()
     context.checkpoints.wait()
@@ -109,14 +113,26 @@ def _due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def _profile(cfg: TrainConfig, nth_step: int, workdir: Path) -> None:
-    """Starts and stops the profiler around the window asked for."""
-    if cfg.profile_steps == 0:
-        return
-    if nth_step == cfg.profile_start:
-        jax.profiler.start_trace(str(workdir / "profile"))
-    if nth_step == cfg.profile_start + cfg.profile_steps:
-        jax.profiler.stop_trace()
+class _Profiler:
+    """Traces the window of steps that the config asks for into the workdir."""
+
+    def __init__(self, cfg: TrainConfig, workdir: Path):
+        self._first, self._num_steps, self._workdir = cfg.profile_start, cfg.profile_steps, workdir
+        self._tracing = False
+
+    def before_step(self, nth_step: int) -> None:
+        """Starts or stops the trace; steps are counted from the start of this process."""
+        if self._num_steps and nth_step == self._first:
+            jax.profiler.start_trace(str(self._workdir / "profile"))
+            self._tracing = True
+        if self._tracing and nth_step == self._first + self._num_steps:
+            self.stop()
+
+    def stop(self) -> None:
+        """Ends the trace if one is running: a run may end within the window."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
 
 
 class _Reporter:
