@@ -4,16 +4,20 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
 BIN := $(VENV)/bin
+# The versions that were tested with this Python; another Python takes the newest ones.
+MINOR := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
+TESTED := $(wildcard constraints/$(MINOR).txt)
 
-.PHONY: quickstart test test-all lint golden dryrun constraints
+.PHONY: quickstart test test-slow lint golden dryrun constraints
 
-$(VENV)/installed: requirements.txt constraints.txt
+$(VENV)/installed: requirements.txt $(TESTED)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt $(TESTED:%=-c %)
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt requirements-dev-no-deps.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt $(TESTED:%=-c %)
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-dev-no-deps.txt
 	touch $@
 
 # Environment, then the main job on the embedded default, then its summary.
@@ -25,9 +29,9 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m "not slow"
 
-# The slow ones too: kill -9 and two-process runs, real weights.
-test-all: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q
+# The slow ones: kill -9, two-process runs and the like.
+test-slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -35,7 +39,7 @@ lint: $(VENV)/installed-dev
 
 # Rewrites the golden files; look at the diff before you commit it.
 golden: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q --update-golden
+	$(BIN)/python -m pytest -q --update-golden -k golden
 	git diff --stat tests/golden
 
 # CONFIG=configs/7b.py DEVICES=64: parameters and memory per device, nothing allocated.
@@ -44,6 +48,9 @@ DEVICES ?= 64
 dryrun: $(VENV)/installed
 	$(BIN)/python -m qwen_jax.train --config=$(CONFIG) --dry_run --dry_run_devices=$(DEVICES)
 
-# Writes the versions of the present environment, after its tests have passed, as the tested ones.
-constraints: test
-	$(BIN)/python -m pip freeze --exclude-editable | grep -v -i -E "^(torch|nvidia|triton|cuda)" > constraints.txt
+# Newest versions into a fresh environment; once its tests pass they are the tested ones.
+constraints:
+	rm -rf .venv-fresh
+	$(MAKE) test VENV=.venv-fresh TESTED=
+	.venv-fresh/bin/python -m pip freeze | grep -v -i -E "^(torch|nvidia|triton|cuda)|@" \
+		> constraints/$(MINOR).txt

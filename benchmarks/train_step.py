@@ -65,7 +65,7 @@ def model_config():
     )
 
 
-def our_step(cfg, tokens):
+def our_step(cfg, tokens, num_microbatches=1):
     """A function of no arguments that takes one training step and returns its loss."""
     import flax.linen as nn
     import jax
@@ -94,7 +94,7 @@ def our_step(cfg, tokens):
     schedule = optax.constant_schedule(LEARNING_RATE)
     tx = make_optimizer(optimizer, schedule)
     stage = Stage(init_fn(cfg), loss_fn(cfg), tx, schedule, None, None, None, tokens.size, 0.0)
-    step = jax.jit(make_train_step(stage, num_microbatches=1), donate_argnums=0)
+    step = jax.jit(make_train_step(stage, num_microbatches), donate_argnums=0)
     state = nn.unbox(jax.jit(lambda key: init_state(stage.init, tx, key))(jax.random.key(0)))
     batch = {
         "tokens": jnp.asarray(tokens[:, :-1]),

@@ -8,6 +8,7 @@ setting, a file that cannot be used, or a full disk.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -283,15 +284,17 @@ def _gate_logits(source_name: str, source: hf.Source, tokenizer, params, compare
 def prompt_logits(params: Any, cfg: ModelConfig, prompt: Sequence[int]) -> np.ndarray:
     """Logits [L, V] of all positions of one prompt, computed in float32."""
     cfg = dataclasses.replace(cfg, compute_dtype="float32", attention="reference", remat="none")
-    tokens_BL = jnp.asarray([prompt], jnp.int32)
-    positions_BL = jnp.arange(len(prompt))[None, :]
+    # Padded on the right, which causal attention does not see: one compilation for most prompts.
+    tokens_BL = np.zeros((1, -(-len(prompt) // 32) * 32), np.int32)
+    tokens_BL[0, : len(prompt)] = prompt
+    return np.asarray(jax.device_get(_forward(params, tokens_BL, cfg=cfg)))[: len(prompt)]
 
-    @jax.jit
-    def forward(params):
-        hidden_BLD, _ = Transformer(cfg).apply({"params": params}, tokens_BL, positions_BL)
-        return logits(hidden_BLD, head_matrix(params, cfg))[0]
 
-    return np.asarray(jax.device_get(forward(params)))
+@functools.partial(jax.jit, static_argnames="cfg")
+def _forward(params: Any, tokens_BL: jax.Array, *, cfg: ModelConfig) -> jax.Array:
+    positions_BL = jnp.arange(tokens_BL.shape[1])[None, :]
+    hidden_BLD, _ = Transformer(cfg).apply({"params": params}, tokens_BL, positions_BL)
+    return logits(hidden_BLD, head_matrix(params, cfg))[0]
 
 
 def kl_per_position(p_logits_LV: np.ndarray, q_logits_LV: np.ndarray) -> np.ndarray:

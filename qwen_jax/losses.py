@@ -52,7 +52,7 @@ def _scan_chunks(hidden_BLD, head_VD, targets_BL, weights_BL, chunk, *, with_gra
         loss = loss + jnp.sum(nll_T)
         if not with_grad:
             return (loss, head_grad_VD), None
-        hot_TV = jax.nn.one_hot(targets_T, logits_TV.shape[-1], dtype=jnp.bool_)
+        hot_TV = jax.nn.one_hot(targets_T, logits_TV.shape[-1], dtype=jnp.float32)
         grad_TV = (exp_TV / total_T[:, None] - hot_TV) * weights_T[:, None]
         grad_TV = grad_TV.astype(hidden_BLD.dtype)
         x_grad = jnp.einsum("tv,vd->td", grad_TV, head).reshape(hidden_BcD.shape)

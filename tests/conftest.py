@@ -4,9 +4,13 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-_FLAG = "--xla_force_host_platform_device_count=8"
-if "xla_force_host_platform_device_count" not in os.environ.setdefault("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] += f" {_FLAG}"
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    # Compilation is most of the suite's time, and unoptimised machine code computes the same.
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.setdefault("XLA_FLAGS", ""), *_FLAGS])
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "qwen_jax_test_cache")
 )

@@ -86,8 +86,8 @@ def test_log_probs_of_drawn_tokens(params, drawn, full):
 
 
 def test_a_row_does_not_depend_on_the_batch(params, greedy, drawn):
-    """Row 0 alone, its padding included, is row 0 of the ragged batch; greedy and drawn."""
-    alone = generate(params, PROMPTS[:1])
+    """Row 0 alone is row 0 of the ragged batch; parameters of unrolled layers are taken too."""
+    alone = generate(unstack_layers(params, CFG), PROMPTS[:1])
     np.testing.assert_array_equal(alone.tokens_BR[0], greedy.tokens_BR[0])
     np.testing.assert_allclose(alone.log_probs_BR[0], greedy.log_probs_BR[0], atol=1e-4)
     others = generate(params, [PROMPTS[0], [5], [6, 7]], SamplingConfig(1.0, 0, 0.9))
@@ -123,11 +123,6 @@ def test_stop_tokens(params, greedy):
         )
         assert (out.log_probs_BR[row, length:] == 0).all()
     assert out.lengths_B[0] <= 2 and out.stopped_B[:2].all()
-
-
-def test_unrolled_parameters_are_taken_too(params, greedy):
-    out = generate(unstack_layers(params, CFG), PROMPTS)
-    np.testing.assert_array_equal(out.tokens_BR, greedy.tokens_BR)
 
 
 def test_pad_prompts():

@@ -11,10 +11,12 @@ from qwen_jax.generate.sampling import (
     SamplingConfig,
     keep_top_k,
     keep_top_p,
-    sample,
 )
+from qwen_jax.generate.sampling import sample as unjitted_sample
 
 VOCAB = 151_936
+# Operation by operation, JAX would compile each one for itself.
+sample = jax.jit(unjitted_sample, static_argnames="cfg")
 
 
 def keys(count, seed=0):
@@ -107,9 +109,7 @@ def test_greedy():
 @pytest.mark.parametrize(
     "cfg",
     [
-        SamplingConfig(1.0, 0, 1.0),
         SamplingConfig(5.0, 0, 0.99),
-        SamplingConfig(1.0, 7, 1.0),
         SamplingConfig(1.0, 9, 1.0),
         GREEDY,
     ],

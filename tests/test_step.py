@@ -79,7 +79,7 @@ UNEQUAL = np.array([1, 1, 1, 0, 1, 0, 1, 0], np.int32)  # parts i mod 4 weigh 2,
 def test_microbatches_change_nothing_on_a_toy():
     stage = toy_stage()
     batch = toy_batch(mask=UNEQUAL)
-    results = [jax.jit(make_train_step(stage, n))(toy_state(stage), batch) for n in (1, 2, 4)]
+    results = [jax.jit(make_train_step(stage, n))(toy_state(stage), batch) for n in (1, 4)]
     one = results[0]
     for state, report in results[1:]:
         for name in ("loss", "grad_norm", "weight", "positive"):

@@ -322,7 +322,7 @@ def run_process(corpus, workdir, *overrides, devices=1, env=None):
         "PYTHONUNBUFFERED": "1",
     }
     command = [sys.executable, "-m", "qwen_jax.train", *arguments(corpus, workdir, *overrides)[1:]]
-    log = open(f"{workdir}.log", "a")  # noqa: SIM115: belongs to the process
+    log = open(f"{workdir}.log", "a")  # noqa: SIM115
     return subprocess.Popen(command, cwd=ROOT, env=variables | (env or {}), stdout=log, stderr=log)
 
 

@@ -1,8 +1,10 @@
 """Invariants of the model: what may and what may not change its output."""
 
 import dataclasses
+import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ from tiny import (
 from qwen_jax.model.cache import create_cache
 from qwen_jax.model.transformer import (
     Transformer,
+    embed,
     head_matrix,
     logits,
     stack_layers,
@@ -41,13 +44,6 @@ def params():
 def score():
     """Compiled once: (params, tokens, positions, segments) -> logits, all of [3, 16]."""
     return jax.jit(lambda *arguments: apply_logits(*arguments, CFG))
-
-
-@pytest.fixture(scope="module")
-def loss_and_grad():
-    """Compiled once: (params, batch) -> (summed loss, gradients) with segments."""
-    loss = loss_fn(CFG)
-    return jax.jit(jax.value_and_grad(lambda p, batch: loss(p, batch, None)[0][0]))
 
 
 def one_segment():
@@ -75,41 +71,60 @@ def stack_rows(*rows):
 # No leaks.
 
 
-def influence(cfg, params, positions, segments, length):
-    """How much the loss at t depends on the input embedding at s: matrix [t, s]."""
-    tokens = np.arange(length, dtype=np.int32)[None]  # all different: row s of the table is input s
-    batch = {"tokens": tokens, "targets": tokens + 100, "positions": positions}
-    batch["segment_ids"] = segments
+@functools.partial(jax.jit, static_argnums=0)
+def embedding_gradients(cfg, params, tokens, positions, segments, weights):
+    """Gradients of the weighted loss w.r.t. the embedding, for each row of weights: [W, V, D]."""
     loss = loss_fn(cfg)
+    batch = {"tokens": tokens, "targets": (tokens + 100) % cfg.vocab_size}
+    batch |= {"positions": positions, "segment_ids": segments}
 
-    def loss_at(table, weights):
+    def loss_at(table, weights_L):
         changed = params | {"embedding": table}
-        return loss(changed, batch | {"loss_mask": weights[None]}, None)[0][0]
+        return loss(changed, batch | {"loss_mask": weights_L[None]}, None)[0][0]
 
-    rows = jax.jit(jax.lax.map, static_argnums=0)(
-        lambda weights: jax.grad(loss_at)(params["embedding"], weights), jnp.eye(length)
-    )
-    return np.abs(np.asarray(rows)).max(axis=-1)[:, :length]
+    return jax.lax.map(lambda row: jax.grad(loss_at)(params["embedding"], row), weights)
+
+
+def influence(cfg, params, positions, segments):
+    """How much the loss at t depends on the input embedding at s: matrix [t, s]."""
+    length = positions.shape[1]
+    tokens = np.arange(length, dtype=np.int32)[None]  # all different: row s of the table is input s
+    weights = np.eye(length, dtype=np.float32)
+    gradients = embedding_gradients(cfg, params, tokens, positions, segments, weights)
+    return np.abs(np.asarray(gradients)).max(axis=-1)[:, :length]
 
 
 @pytest.mark.parametrize("backend, length", [("reference", 16), ("blocked", 80)])
 def test_no_leak_from_the_future(backend, length):
     cfg = tiny_config(attention=backend)
     positions, segments = row_positions(1, length), np.ones((1, length), np.int32)
-    matrix = influence(cfg, random_params(cfg), positions, segments, length)
+    matrix = influence(cfg, random_params(cfg), positions, segments)
     earlier = np.tril(np.ones((length, length), bool))
     assert (matrix[~earlier] == 0).all()
     assert (matrix[earlier] > 0).all()
 
 
-def test_no_leak_between_documents():
+def test_no_leak_between_documents(params):
     _, positions, segments = pack(range(5), range(7))
-    matrix = influence(CFG, random_params(CFG), positions, segments, LENGTH)
+    matrix = influence(CFG, params, positions, segments)
     same = (segments[0][:, None] == segments[0][None, :]) & (segments[0] > 0)[:, None]
     allowed = same & np.tril(np.ones((LENGTH, LENGTH), bool))
     real = segments[0] > 0
     assert (matrix[real][~allowed[real]] == 0).all()
     assert (matrix[real][allowed[real]] > 0).all()
+
+
+def test_embedding_gradient_of_a_common_token():
+    """4,000 gradients of about 0.02 on one row, which a bfloat16 sum could not hold."""
+    rng = np.random.default_rng(0)
+    upstream = jnp.asarray(rng.normal(0.02, 0.1, (1, 8000, 4)), jnp.bfloat16)
+    tokens = np.where(np.arange(8000) % 2, 7, rng.integers(0, 32, 8000))[None].astype(np.int32)
+    backward = jax.vjp(lambda t: embed(t, tokens, "bfloat16"), jnp.zeros((32, 4)))[1]
+    expected = np.zeros((32, 4))
+    np.add.at(expected, tokens[0], np.asarray(upstream[0], np.float64))
+    np.testing.assert_allclose(backward(upstream)[0], expected, rtol=1e-4, atol=1e-4)
+    plain = jax.vjp(lambda t: t.astype(jnp.bfloat16)[tokens], jnp.zeros((32, 4)))[1]
+    assert np.abs(np.asarray(plain(upstream)[0]) - expected)[7].max() > 5
 
 
 # Packing and padding.
@@ -139,7 +154,7 @@ def test_rotary_positions_are_relative(params, score):
     assert np.abs(stretched - here).max() > 0.1
 
 
-def test_padding_changes_nothing(params, score, loss_and_grad):
+def test_padding_changes_nothing(params, score):
     document = random_tokens(9, seed=1)
     tokens, positions, segments = stack_rows(pack(document))
     garbage = np.where(segments > 0, tokens, random_tokens(tokens.shape, seed=9))
@@ -147,21 +162,19 @@ def test_padding_changes_nothing(params, score, loss_and_grad):
     clean, dirty = (score(params, t, positions, segments) for t in (tokens, garbage))
     np.testing.assert_array_equal(clean[:, :9], dirty[:, :9])
     assert np.isfinite(dirty).all()
-
-    def batch(tokens):
-        return {
-            "tokens": tokens,
-            "targets": np.roll(tokens, -1, axis=1),
-            "positions": positions,
-            "segment_ids": segments,
-            "loss_mask": (segments * (np.arange(LENGTH) < 8)).astype(np.int32),
-        }
-
-    clean, dirty = (loss_and_grad(params, batch(t)) for t in (tokens, garbage))
-    jax.tree.map(np.testing.assert_array_equal, clean, dirty)
-    # Had the padding belonged to the document's segment and been trained on, it would show.
-    trained = batch(garbage) | {"segment_ids": one_segment(), "loss_mask": one_segment()}
-    assert abs(float(loss_and_grad(params, trained)[0] - clean[0])) > 1
+    # Gradients too; 16 rows of weights, for which the function is compiled already.
+    weights = np.tile(segments[:1], (LENGTH, 1)).astype(np.float32)
+    clean, dirty = (
+        np.asarray(embedding_gradients(CFG, params, t[:1], positions[:1], segments[:1], weights))
+        for t in (tokens, garbage)
+    )
+    np.testing.assert_array_equal(clean, dirty)
+    assert np.isfinite(clean).all() and np.abs(clean).max() > 0.01
+    # Had the padding been trained on as part of the document, it would show.
+    trained = embedding_gradients(
+        CFG, params, garbage[:1], positions[:1], one_segment()[:1], np.ones_like(weights)
+    )
+    assert np.abs(trained - clean).max() > 0.01
 
 
 def test_rows_are_independent(params, score):
@@ -315,13 +328,13 @@ def test_tied_embeddings():
         sum(x.size for x in jax.tree.leaves(abstract_params(c))) for c in (cfg, untied_cfg)
     )
     assert untied - tied == cfg.vocab_size * cfg.d_model
-    batch = random_batch(BATCH, LENGTH)
-    grad = jax.jit(jax.grad(lambda p, c: loss_fn(c)(p, batch, None)[0][0]), static_argnums=1)
-    # One table in both places: its gradient is the sum of those of two separate tables.
-    separate = grad(params | {"head": params["embedding"]}, untied_cfg)
-    together = grad(params, cfg)["embedding"]
-    np.testing.assert_allclose(together, separate["embedding"] + separate["head"], atol=1e-4)
-    assert np.abs(separate["embedding"]).max() > 0.01 and np.abs(separate["head"]).max() > 0.01
+    arguments = random_tokens((BATCH, LENGTH)), row_positions(BATCH, LENGTH), one_segment()
+    run = jax.jit(apply_logits, static_argnums=4)
+    out = run(params, *arguments, cfg)
+    same = run(params | {"head": params["embedding"]}, *arguments, untied_cfg)
+    np.testing.assert_allclose(out, same, atol=1e-5)
+    other = run(params | {"head": params["embedding"] + 0.1}, *arguments, untied_cfg)
+    assert np.abs(other - out).max() > 0.1
 
 
 # Sizes, initialisation, precision.
@@ -347,7 +360,7 @@ def test_parameter_counts_of_the_released_sizes(name, count, without_embeddings)
 def test_initialisation():
     cfg = tiny_config(d_model=128, num_heads=2, num_kv_heads=2, head_dim=64, d_ff=256, num_layers=8)
     boxed = jax.jit(init_fn(cfg))(jax.random.key(0))
-    params = jax.tree.map(np.asarray, jax.tree.map(lambda box: box.value, boxed, is_leaf=is_box))
+    params = jax.tree.map(np.asarray, nn.unbox(boxed))
     small = 0.02 / math.sqrt(2 * 8)
     for name, expected in {"out": small, "query": 0.02, "key": 0.02, "value": 0.02}.items():
         kernel = params["blocks"]["attention"][name]["kernel"]
@@ -365,10 +378,6 @@ def test_initialisation():
             assert (leaf == 0).all(), path
         if path[-1].key == "scale":
             assert (leaf == 1).all(), path
-
-
-def is_box(leaf):
-    return hasattr(leaf, "names")
 
 
 def test_bfloat16_compute_is_close(params, score):
@@ -395,7 +404,7 @@ def test_dtypes_under_strict_promotion(compute_dtype):
                 jax.value_and_grad(lambda p, data=data: loss(p, data, None)[0][0]), params
             )
             assert value.dtype == jnp.float32
-            jax.tree.map(lambda g, p: assert_same_kind(g, p), grads, params)
+            jax.tree.map(assert_same_kind, grads, params)
         unrolled = dataclasses.replace(cfg, scan_layers=False)
         cache = create_cache(unrolled, BATCH, LENGTH)
         tokens = random_tokens((BATCH, 4))

@@ -318,11 +318,17 @@ def _read_piece(source: Source, tensor: mapping.Placed, piece: mapping.Piece, bo
     index = tuple(slice(start, stop) for start, stop in bounds)
     if tensor.form == mapping.INTERLEAVED:
         values = source.files.read(tensor.name, piece.start, piece.stop)
-        out[...] = mapping.parameter_of(values, tensor.form, source.cfg.head_dim)[index]
+        _copy(out, mapping.parameter_of(values, tensor.form, source.cfg.head_dim)[index])
         return
     rows, others = (bounds[0], index[1:]) if tensor.form == mapping.SAME else (bounds[1], index[:1])
     values = source.files.read(tensor.name, piece.start + rows[0], piece.start + rows[1])
-    out[...] = mapping.parameter_of(values[(slice(None), *others)], tensor.form, 0)
+    _copy(out, mapping.parameter_of(values[(slice(None), *others)], tensor.form, 0))
+
+
+def _copy(out: np.ndarray, values: np.ndarray) -> None:
+    """`out[...] = values`, in strips that fit a cache: twice as fast when one is transposed."""
+    for start in range(0, values.shape[-1], 64):
+        out[..., start : start + 64] = values[..., start : start + 64]
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
@@ -353,8 +359,9 @@ def _tensors(
             held[piece.path] if piece.layer is None else held[piece.path][piece.layer]
             for piece in tensor.pieces
         ]
-        values = mapping.tensor_of(parts, tensor.form, head_dim)
-        yield tensor, np.ascontiguousarray(values, dtype=jnp.dtype(dtype))
+        array = np.empty(tensor.shape, jnp.dtype(dtype))
+        _copy(array, mapping.tensor_of(parts, tensor.form, head_dim))
+        yield tensor, array
 
 
 def _write_side_files(
@@ -395,9 +402,18 @@ def unequal_tensors(source: Source, read_leaf: ReadLeaf) -> list[str]:
     unequal = []
     for tensor, array in _tensors(source.placed, read_leaf, cfg.head_dim, cfg.param_dtype):
         found = source.files.read(tensor.name, 0, tensor.shape[0]).astype(array.dtype, copy=False)
-        if found.tobytes() != array.tobytes():
+        if not _same_bits(found, array):
             unequal.append(tensor.name)
     return unequal
+
+
+def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays of one dtype hold the same bytes; in strips, to make no copies."""
+    a, b = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (one, other))
+    strip = 2**24
+    return a.size == b.size and all(
+        np.array_equal(a[i : i + strip], b[i : i + strip]) for i in range(0, a.size, strip)
+    )
 
 
 def _compare_bits(directory: Path, read_leaf: ReadLeaf, cfg: ModelConfig, dtype: str) -> None:

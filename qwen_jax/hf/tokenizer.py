@@ -327,13 +327,12 @@ def from_gguf(metadata: Mapping[str, Any], source: str) -> AnyTokenizer:
         )
     names = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    bpe = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={name: i for i, name in enumerate(names)},
-            merges=merges,
-            ignore_merges=split == "llama-bpe",
-        )
-    )
+    vocabulary = {name: i for i, name in enumerate(names)}
+    try:
+        model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split == "llama-bpe")
+    except Exception as error:  # the package raises bare Exception
+        raise ValueError(f"{source}: its vocabulary is not consistent ({error})") from error
+    bpe = tokenizers.Tokenizer(model)
     bpe.pre_tokenizer = _GGUF_SPLITS[split]()
     bpe.decoder = decoders.ByteLevel()
     if split == "qwen2":

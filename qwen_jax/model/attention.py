@@ -38,13 +38,16 @@ def training_visibility(positions_BL, segments_BL, window: int | None = None) ->
 
 
 def make_mask(seen: Visibility) -> jax.Array:
-    """True where the query of dimension L may look at the key of dimension S; shape [B, L, S]."""
-    q_pos, k_pos = seen.q_positions_BL[:, :, None], seen.k_positions_BS[:, None, :]
+    """True where the query of dimension L may look at the key of dimension S; shape [B, L, S].
+
+    Without the dimension B in the arrays there is none in the mask.
+    """
+    q_pos, k_pos = seen.q_positions_BL[..., :, None], seen.k_positions_BS[..., None, :]
     mask_BLS = q_pos >= k_pos
     if seen.window is not None:
         mask_BLS &= q_pos - k_pos < seen.window
     if seen.q_segments_BL is not None:
-        q_seg, k_seg = seen.q_segments_BL[:, :, None], seen.k_segments_BS[:, None, :]
+        q_seg, k_seg = seen.q_segments_BL[..., :, None], seen.k_segments_BS[..., None, :]
         mask_BLS &= (q_seg == k_seg) & (k_seg > 0)
     return mask_BLS
 
@@ -126,106 +129,108 @@ def _flash(q_BKGLH, k_BKSH, v_BKSH, seen: Visibility) -> jax.Array:
 
 
 def _flash_forward(q_BKGLH, k_BKSH, v_BKSH, seen):
-    out, log_total = _over_rows(_forward_rows, (q_BKGLH, k_BKSH, v_BKSH, seen))
-    return out, (q_BKGLH, k_BKSH, v_BKSH, seen, out, log_total)
+    out, log_total = _over_heads(_forward_head, seen, (q_BKGLH, k_BKSH, v_BKSH))
+    return out, (seen, q_BKGLH, k_BKSH, v_BKSH, out, log_total)
 
 
 def _flash_backward(saved, out_grad):
-    seen = saved[3]
-    grads = _over_rows(_backward_rows, (*saved, out_grad))
+    seen, *arrays = saved
+    grads = _over_heads(_backward_head, seen, (*arrays, out_grad))
     return *grads, jax.tree.map(lambda x: jnp.zeros(x.shape, jax.dtypes.float0), seen)
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
-def _over_rows(fn, args):
-    """`fn` over the batch at once, or on an unsharded CPU one row at a time.
+def _over_heads(fn, seen: Visibility, arrays):
+    """`fn(seen of a row, *arrays of a head)` for every row and key head of `arrays` [B, K, ...].
 
-    One row's logits fit a CPU's cache, a batch's do not. XLA:CPU runs a loop on one thread, so the
-    batch is cut in two loops that run beside each other.
+    An unsharded CPU takes one head at a time: its logits fit the cache, and its products are plain
+    matrix products, for which XLA:CPU writes no transposed copies. XLA:CPU runs a loop on one
+    thread, so the heads are cut in two loops that run beside each other.
     """
-    batch = args[0].shape[0]
-    if jax.default_backend() != "cpu" or jax.device_count() > 1 or batch == 1:
-        return fn(*args)
-    cuts = (slice(0, batch // 2), slice(batch // 2, batch))
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        over_heads = jax.vmap(lambda row, head: fn(row, *head), in_axes=(None, 0))
+        return jax.vmap(over_heads)(seen, arrays)
+    batch, num_kv = arrays[0].shape[:2]
+    heads = jax.tree.map(lambda x: x.reshape(batch * num_kv, *x.shape[2:]), arrays)
+    rows = jax.tree.map(lambda x: jnp.repeat(x, num_kv, axis=0), seen)
+    middle = batch * num_kv // 2
     halves = [
         jax.lax.map(
-            lambda row: jax.tree.map(lambda y: y[0], fn(*jax.tree.map(lambda x: x[None], row))),
-            jax.tree.map(lambda x, cut=cut: x[cut], args),
+            lambda x: fn(x[0], *x[1]), jax.tree.map(lambda x, cut=cut: x[cut], (rows, heads))
         )
-        for cut in cuts
+        for cut in (slice(0, middle), slice(middle, None))
     ]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
+    return jax.tree.map(lambda x: x.reshape(batch, num_kv, *x.shape[1:]), joined)
 
 
 def _blocks(seen: Visibility, length: int):
-    """Slices of queries and of the keys they can reach, with the mask between them."""
+    """Slices of queries and of the keys they can reach, with the mask [1, L, S] between them."""
     for start in range(0, length, BLOCK):
         end = min(start + BLOCK, length)
         first = 0 if seen.window is None else max(0, start - seen.window + 1)
         queries, keys = slice(start, end), slice(first, end)
-        mask_BLS = make_mask(_slice_visibility(seen, queries, keys))
-        yield queries, keys, mask_BLS[:, None, None, :, :]
+        yield queries, keys, make_mask(_slice_visibility(seen, queries, keys))[None]
 
 
-def _block_logits(q_BKGLH, k_BKSH, mask):
-    scale = q_BKGLH.shape[-1] ** -0.5
-    logits = jnp.einsum("bkglh,bksh->bkgls", q_BKGLH, k_BKSH, preferred_element_type=jnp.float32)
+def _block_logits(q_GLH, k_SH, mask):
+    scale = q_GLH.shape[-1] ** -0.5
+    logits = jnp.einsum("glh,sh->gls", q_GLH, k_SH, preferred_element_type=jnp.float32)
     # A finite floor, so that a row without any visible key gives zeros instead of NaN.
     return jnp.where(mask, logits * scale, -1e30)
 
 
-def _forward_rows(q_BKGLH, k_BKSH, v_BKSH, seen):
-    """Outputs, and the log-sum-exp of every query's logits."""
+def _forward_head(seen, q_GLH, k_SH, v_SH):
+    """Outputs, and the log-sum-exp of every query's logits; one row and one key head."""
     outs, log_totals = [], []
-    for queries, keys, mask in _blocks(seen, q_BKGLH.shape[3]):
-        logits = _block_logits(q_BKGLH[:, :, :, queries], k_BKSH[:, :, keys], mask)
+    for queries, keys, mask in _blocks(seen, q_GLH.shape[1]):
+        logits = _block_logits(q_GLH[:, queries], k_SH[keys], mask)
         highest = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.where(mask, jnp.exp(logits - highest), 0.0)
         total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
         out = jnp.einsum(
-            "bkgls,bksh->bkglh",
-            weights.astype(v_BKSH.dtype),
-            v_BKSH[:, :, keys],
+            "gls,sh->glh",
+            weights.astype(v_SH.dtype),
+            v_SH[keys],
             preferred_element_type=jnp.float32,
         )
-        outs.append((out / total).astype(q_BKGLH.dtype))
+        outs.append((out / total).astype(q_GLH.dtype))
         log_totals.append((jnp.log(total) + highest)[..., 0])
-    return jnp.concatenate(outs, axis=3), jnp.concatenate(log_totals, axis=3)
+    return jnp.concatenate(outs, axis=1), jnp.concatenate(log_totals, axis=1)
 
 
-def _backward_rows(q_BKGLH, k_BKSH, v_BKSH, seen, out, log_total, out_grad):
-    """Gradients of queries, keys and values."""
-    scale = q_BKGLH.shape[-1] ** -0.5
-    dtype = q_BKGLH.dtype
+def _backward_head(seen, q_GLH, k_SH, v_SH, out, log_total, out_grad):
+    """Gradients of queries, keys and values; one row and one key head."""
+    scale = q_GLH.shape[-1] ** -0.5
+    dtype = q_GLH.dtype
     delta = jnp.sum(out.astype(jnp.float32) * out_grad.astype(jnp.float32), axis=-1, keepdims=True)
     q_grads = []
-    k_grad, v_grad = (jnp.zeros(x.shape, jnp.float32) for x in (k_BKSH, v_BKSH))
-    for queries, keys, mask in _blocks(seen, q_BKGLH.shape[3]):
-        q, k, v = q_BKGLH[:, :, :, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys]
-        upstream = out_grad[:, :, :, queries]
+    k_grad, v_grad = (jnp.zeros(x.shape, jnp.float32) for x in (k_SH, v_SH))
+    for queries, keys, mask in _blocks(seen, q_GLH.shape[1]):
+        q, k, v, upstream = q_GLH[:, queries], k_SH[keys], v_SH[keys], out_grad[:, queries]
         logits = _block_logits(q, k, mask)
-        weights = jnp.where(mask, jnp.exp(logits - log_total[:, :, :, queries, None]), 0.0)
-        product = jnp.einsum("bkglh,bksh->bkgls", upstream, v, preferred_element_type=jnp.float32)
-        logit_grad = (weights * (product - delta[:, :, :, queries]) * scale).astype(dtype)
-        q_grads.append(jnp.einsum("bkgls,bksh->bkglh", logit_grad, k).astype(dtype))
-        k_part = jnp.einsum("bkgls,bkglh->bksh", logit_grad, q, preferred_element_type=jnp.float32)
+        weights = jnp.where(mask, jnp.exp(logits - log_total[:, queries, None]), 0.0)
+        product = jnp.einsum("glh,sh->gls", upstream, v, preferred_element_type=jnp.float32)
+        logit_grad = (weights * (product - delta[:, queries]) * scale).astype(dtype)
+        q_grads.append(jnp.einsum("gls,sh->glh", logit_grad, k).astype(dtype))
+        k_part = jnp.einsum("gls,glh->sh", logit_grad, q, preferred_element_type=jnp.float32)
         v_part = jnp.einsum(
-            "bkgls,bkglh->bksh", weights.astype(dtype), upstream, preferred_element_type=jnp.float32
+            "gls,glh->sh", weights.astype(dtype), upstream, preferred_element_type=jnp.float32
         )
-        k_grad = k_grad.at[:, :, keys].add(k_part)
-        v_grad = v_grad.at[:, :, keys].add(v_part)
-    return jnp.concatenate(q_grads, axis=3), k_grad.astype(dtype), v_grad.astype(dtype)
+        k_grad = k_grad.at[keys].add(k_part)
+        v_grad = v_grad.at[keys].add(v_part)
+    return jnp.concatenate(q_grads, axis=1), k_grad.astype(dtype), v_grad.astype(dtype)
 
 
 def _slice_visibility(seen: Visibility, queries: slice, keys: slice) -> Visibility:
     segmented = seen.q_segments_BL is not None
     return seen.replace(
-        q_positions_BL=seen.q_positions_BL[:, queries],
-        k_positions_BS=seen.k_positions_BS[:, keys],
-        q_segments_BL=seen.q_segments_BL[:, queries] if segmented else None,
-        k_segments_BS=seen.k_segments_BS[:, keys] if segmented else None,
+        q_positions_BL=seen.q_positions_BL[..., queries],
+        k_positions_BS=seen.k_positions_BS[..., keys],
+        q_segments_BL=seen.q_segments_BL[..., queries] if segmented else None,
+        k_segments_BS=seen.k_segments_BS[..., keys] if segmented else None,
         aligned=False,
     )
 

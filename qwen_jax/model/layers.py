@@ -56,9 +56,25 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return normed * scale_D.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
+@jax.custom_vjp
 def swiglu(up: jax.Array, gate: jax.Array) -> jax.Array:
     """`up * silu(gate)`: Qwen's w1 is `up`, its w2 is `gate`."""
     return up * jax.nn.silu(gate)
+
+
+def _swiglu_forward(up, gate):
+    return swiglu(up, gate), (up, gate)
+
+
+def _swiglu_backward(saved, g):
+    up, gate = saved
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return g * silu, g * up * (sigmoid + silu * (1 - sigmoid))
+
+
+# Autodiff would keep two more arrays of this width for the backward pass: silu and the sigmoid.
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 class RMSNorm(nn.Module):

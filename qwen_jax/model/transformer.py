@@ -5,11 +5,13 @@ caller (`head_matrix`, then `losses.cross_entropy_sum` or `logits`), because no 
 logits of all positions at once. Parameter paths are listed in `tests/golden/parameters_*.txt`.
 """
 
+import functools
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.config import ModelConfig
@@ -120,7 +122,7 @@ class Transformer(nn.Module):
         )
         if not cfg.tie_embeddings:
             param(self, "head", (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), normal)
-        x_BLD = table_VD.astype(cfg.compute_dtype)[tokens_BL]
+        x_BLD = embed(table_VD, tokens_BL, cfg.compute_dtype)
         x_BLD = constrain(x_BLD, "batch", "length", "act_embed")
         rope = rope_tables(positions_BL, cfg.head_dim, cfg.rope_base)
         if cache is None:
@@ -136,6 +138,31 @@ class Transformer(nn.Module):
         else:
             x_BLD, cache = _unrolled_blocks(block, cfg, x_BLD, rope, seen, cache)
         return RMSNorm(cfg, name="final_norm")(x_BLD), cache
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def embed(table_VD: jax.Array, tokens_BL: jax.Array, dtype: str) -> jax.Array:
+    """The rows of the tokens in `dtype`; their gradients are added up in float32.
+
+    A batch holds its commonest token thousands of times; a bfloat16 sum of so many gradients stops
+    growing after a few hundred.
+    """
+    return table_VD.astype(dtype)[tokens_BL]
+
+
+def _embed_forward(table_VD, tokens_BL, dtype):
+    return embed(table_VD, tokens_BL, dtype), (table_VD, tokens_BL)
+
+
+def _embed_backward(dtype, saved, g_BLD):
+    del dtype
+    table_VD, tokens_BL = saved
+    grad_VD = jnp.zeros(table_VD.shape, jnp.float32).at[tokens_BL].add(g_BLD.astype(jnp.float32))
+    grad_VD = constrain(grad_VD, "vocab", "embed").astype(table_VD.dtype)
+    return grad_VD, np.zeros(tokens_BL.shape, jax.dtypes.float0)
+
+
+embed.defvjp(_embed_forward, _embed_backward)
 
 
 def head_matrix(params, cfg: ModelConfig) -> jax.Array:

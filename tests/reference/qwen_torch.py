@@ -1,4 +1,4 @@
-"""Independent PyTorch models for parity: Qwen2 of `transformers`, and the 2023 code in `modelscope`.
+"""Independent PyTorch models for parity: `transformers`' Qwen2 and the 2023 code in `modelscope`.
 
 `modelscope` ships the code of the August 2023 release, but importing it drags in more than the
 test environment has. Its one model file is therefore loaded by path, with stand-ins for the
