@@ -171,6 +171,7 @@ def test_unrolled_layers_export_like_stacked_ones(tmp_path):
 # --- parity --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_imported_qwen_equals_the_code_of_2023(tmp_path):
     pytest.importorskip("torch", reason="PyTorch is not installed")
     from reference import qwen_torch
@@ -195,6 +196,7 @@ def test_imported_qwen_equals_the_code_of_2023(tmp_path):
     print(f"exported as qwen2: {np.abs(stock - theirs).max():.2e}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [

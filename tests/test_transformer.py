@@ -236,7 +236,7 @@ def test_cached_decoding_equals_full_forward(params, score, cached):
     assert int(cache.length) == 8 + LENGTH - 4
     # The padding slots hold real keys and values; only their segment hides them.
     padding = np.asarray(cache.segments_BS)[0, 4:8]
-    assert (padding == 0).all() and np.abs(cache.keys[0][0, 4:8]).min() > 0
+    assert (padding == 0).all() and np.abs(cache.keys[0][0, :, 4:8]).min() > 0
 
 
 def test_cached_decoding_sees_the_cache(params, cached):

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.model.attention import Visibility
+from qwen_jax.sharding import constrain
 
 
 @flax.struct.dataclass
@@ -16,11 +18,14 @@ class KVCache:
     """Keys and values of all layers, one array per layer.
 
     One array per layer and not one stacked array: inside a compiled loop a stacked array would be
-    copied whole at each step.
+    copied whole at each step. Heads before slots: a step then reads each head's keys as one run of
+    memory; with slots first, XLA:CPU transposes the whole cache in every step.
 
-    keys, values: tuples over layers of [B, S, K, H].
+    keys, values: tuples over layers of [B, K, S, H].
     positions_BS: position of each slot in its row. segments_BS: 1 for a real token, else 0.
     length: slots filled so far, the same for all rows.
+    empty: known at tracing time to hold nothing: a prompt then attends to itself, as in training,
+        by the same back end.
     """
 
     keys: tuple[jax.Array, ...]
@@ -28,19 +33,31 @@ class KVCache:
     positions_BS: jax.Array
     segments_BS: jax.Array
     length: jax.Array
+    empty: bool = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """One layer's part of a `KVCache`: keys and values [B, K, S, H] with what both say of it."""
+
+    keys: jax.Array
+    values: jax.Array
+    length: jax.Array
+    empty: bool = flax.struct.field(pytree_node=False)
 
 
 def create_cache(cfg: ModelConfig, batch_size: int, cache_len: int) -> KVCache:
     """An empty cache for `cache_len` tokens per row."""
-    shape = (batch_size, cache_len, cfg.num_kv_heads, cfg.head_dim)
+    shape = (batch_size, cfg.num_kv_heads, cache_len, cfg.head_dim)
     dtype = jnp.dtype(cfg.compute_dtype)
     layers = range(cfg.num_layers)
     return KVCache(
-        keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
-        values=tuple(jnp.zeros(shape, dtype) for _ in layers),
-        positions_BS=jnp.zeros(shape[:2], jnp.int32),
-        segments_BS=jnp.zeros(shape[:2], jnp.int32),
+        keys=tuple(_pinned(jnp.zeros(shape, dtype)) for _ in layers),
+        values=tuple(_pinned(jnp.zeros(shape, dtype)) for _ in layers),
+        positions_BS=jnp.zeros((batch_size, cache_len), jnp.int32),
+        segments_BS=jnp.zeros((batch_size, cache_len), jnp.int32),
         length=jnp.zeros((), jnp.int32),
+        empty=True,
     )
 
 
@@ -53,10 +70,37 @@ def append_positions(cache: KVCache, positions_BL, segments_BL) -> KVCache:
     )
 
 
-def append_layer(keys_BSKH, values_BSKH, length, k_BLKH, v_BLKH):
+def append_layer(keys_BKSH, values_BKSH, length, k_BLKH, v_BLKH):
     """One layer's keys and values with the new ones written at slot `length`."""
-    start = (0, length, 0, 0)
-    return (
-        jax.lax.dynamic_update_slice(keys_BSKH, k_BLKH.astype(keys_BSKH.dtype), start),
-        jax.lax.dynamic_update_slice(values_BSKH, v_BLKH.astype(values_BSKH.dtype), start),
+    start = (0, 0, length, 0)
+    return tuple(
+        _pinned(
+            jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), start),
+        )
+        for old, new in ((keys_BKSH, k_BLKH), (values_BKSH, v_BLKH))
     )
+
+
+def latest(keys_BKSH, values_BKSH, seen: Visibility, length, new: int):
+    """The slots that the window of `seen` can reach from the `new` ones ending at `length`.
+
+    Returns keys, values and visibility cut down to them. Right only where rows are padded on the
+    left, so that the latest positions of every row are its latest slots.
+    """
+    size = keys_BKSH.shape[2]
+    if seen.window is None or seen.window + new - 1 >= size:
+        return keys_BKSH, values_BKSH, seen
+    width = seen.window + new - 1
+    start = jnp.maximum(length - width, 0)
+
+    def cut(x, axis):
+        return jax.lax.dynamic_slice_in_dim(x, start, width, axis)
+
+    seen = seen.replace(
+        k_positions_BS=cut(seen.k_positions_BS, 1), k_segments_BS=cut(seen.k_segments_BS, 1)
+    )
+    return cut(keys_BKSH, 2), cut(values_BKSH, 2), seen
+
+
+def _pinned(x_BKSH):
+    return constrain(x_BKSH, "batch", "act_heads", None, None)

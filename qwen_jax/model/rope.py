@@ -14,13 +14,18 @@ def inverse_frequencies(head_dim: int, base: float) -> np.ndarray:
     return (base**-exponents).astype(np.float32)
 
 
-def rope_tables(positions_BL: jax.Array, head_dim: int, base: float):
+def rope_tables(
+    positions_BL: jax.Array, head_dim: int, base: float, scale_BP: jax.Array | None = None
+):
     """Cosines and sines [B, L, H/2] in float32.
 
-    float32 on purpose: bfloat16 cannot tell position 256 from 257.
+    float32 on purpose: bfloat16 cannot tell position 256 from 257. scale_BP: factors [B, H/2] on
+    the frequencies of each row, for contexts longer than the trained one.
     """
-    frequencies = jnp.asarray(inverse_frequencies(head_dim, base))
-    angles = positions_BL.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
+    frequencies = jnp.asarray(inverse_frequencies(head_dim, base))[None, None, :]
+    if scale_BP is not None:
+        frequencies = frequencies * scale_BP[:, None, :]
+    angles = positions_BL.astype(jnp.float32)[:, :, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 

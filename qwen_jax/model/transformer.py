@@ -7,6 +7,7 @@ logits of all positions at once. Parameter paths are listed in `tests/golden/par
 
 import functools
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,7 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.model import cache as kv
-from qwen_jax.model.attention import Visibility, attend, training_visibility
+from qwen_jax.model.attention import Visibility, attend, attend_cached, training_visibility
+from qwen_jax.model.context import NEUTRAL, ContextConfig, logn_factor, ntk_scale, row_alpha
 from qwen_jax.model.layers import Linear, RMSNorm, linear, param, swiglu
 from qwen_jax.model.rope import apply_rope, rope_tables
 from qwen_jax.sharding import constrain
@@ -27,13 +29,20 @@ _SAVED_NAMES = {
 }
 
 
+class Rotation(NamedTuple):
+    """What depends on the positions: cosines and sines [B, L, H/2], and the query's LogN factor."""
+
+    tables: tuple[jax.Array, jax.Array]
+    query_scale_BL: jax.Array | None
+
+
 class Attention(nn.Module):
     """Multi-head attention with rotary positions; biases on query, key and value only."""
 
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BLD, rope, seen: Visibility, layer_cache):
+    def __call__(self, x_BLD, rope: Rotation, seen: Visibility, layer_cache):
         """Returns the sum over heads and this layer's updated cache (None without one)."""
         cfg = self.cfg
         batch, length, _ = x_BLD.shape
@@ -51,18 +60,26 @@ class Attention(nn.Module):
             heads = heads.reshape(batch, length, num_heads, cfg.head_dim)
             return constrain(heads, "batch", "length", "act_heads", None)
 
-        q_BLNH = apply_rope(project("query", cfg.num_heads, "heads"), rope)
-        k_BSKH = apply_rope(project("key", cfg.num_kv_heads, "kv_heads"), rope)
-        v_BSKH = project("value", cfg.num_kv_heads, "kv_heads")
+        q_BLNH = apply_rope(project("query", cfg.num_heads, "heads"), rope.tables)
+        k_BLKH = apply_rope(project("key", cfg.num_kv_heads, "kv_heads"), rope.tables)
+        v_BLKH = project("value", cfg.num_kv_heads, "kv_heads")
+        if rope.query_scale_BL is not None:
+            q_BLNH = q_BLNH * rope.query_scale_BL.astype(q_BLNH.dtype)[:, :, None, None]
+        cached = None
         if layer_cache is not None:
-            keys, values, filled = layer_cache
-            k_BSKH, v_BSKH = kv.append_layer(keys, values, filled, k_BSKH, v_BSKH)
-            layer_cache = (k_BSKH, v_BSKH)
-        out_BLNH = checkpoint_name(attend(q_BLNH, k_BSKH, v_BSKH, seen, cfg.attention), "attention")
+            cached = kv.append_layer(
+                layer_cache.keys, layer_cache.values, layer_cache.length, k_BLKH, v_BLKH
+            )
+        if layer_cache is None or layer_cache.empty:
+            out_BLNH = attend(q_BLNH, k_BLKH, v_BLKH, seen, cfg.attention)
+        else:
+            reached = kv.latest(*cached, seen, layer_cache.length + length, length)
+            out_BLNH = attend_cached(q_BLNH, *reached)
+        out_BLNH = checkpoint_name(out_BLNH, "attention")
         merged = out_BLNH.reshape(batch, length, cfg.num_heads * cfg.head_dim)
         std = cfg.init_std / math.sqrt(2 * cfg.num_layers)
         out_BLD = Linear(cfg, cfg.d_model, ("heads", "embed"), std, name="out")(merged)
-        return checkpoint_name(out_BLD, "attention_out"), layer_cache
+        return checkpoint_name(out_BLD, "attention_out"), cached
 
 
 class FeedForward(nn.Module):
@@ -104,18 +121,29 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens to hidden states."""
+    """Tokens to hidden states. context: what is done beyond the trained length, nothing as such."""
 
     cfg: ModelConfig
+    context: ContextConfig = NEUTRAL
 
     @nn.compact
-    def __call__(self, tokens_BL, positions_BL, segments_BL=None, cache: kv.KVCache | None = None):
+    def __call__(
+        self,
+        tokens_BL,
+        positions_BL,
+        segments_BL=None,
+        cache: kv.KVCache | None = None,
+        alpha_B=None,
+    ):
         """Returns (hidden_BLD, cache).
 
         segments_BL: 0 marks padding; None when every row is one document. With a cache, the L
-        tokens are appended to it and attend to all it holds; this needs `scan_layers` off.
+        tokens are appended to it and attend to all it holds; this needs `scan_layers` off. alpha_B:
+        what dynamic NTK chose for each row's prompt, fixed for all calls with one cache; complete
+        rows may leave it out.
         """
         cfg = self.cfg
+        self.context.check_layers(cfg.num_layers, cfg.scan_layers)
         normal = nn.initializers.normal(cfg.init_std)
         table_VD = param(
             self, "embedding", (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), normal
@@ -124,19 +152,24 @@ class Transformer(nn.Module):
             param(self, "head", (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), normal)
         x_BLD = embed(table_VD, tokens_BL, cfg.compute_dtype)
         x_BLD = constrain(x_BLD, "batch", "length", "act_embed")
-        rope = rope_tables(positions_BL, cfg.head_dim, cfg.rope_base)
-        if cache is None:
+        if cache is not None and segments_BL is None:
+            segments_BL = jnp.ones_like(tokens_BL)
+        if alpha_B is None:
+            if self.context.dynamic_ntk and cache is not None:
+                raise ValueError("dynamic NTK with a cache: pass alpha_B, fixed at the prompt")
+            alpha_B = row_alpha(self.context, positions_BL, segments_BL)
+        rope = _rotation(cfg, self.context, positions_BL, alpha_B)
+        if cache is not None:
+            cache = kv.append_positions(cache, positions_BL, segments_BL)
+        if cache is None or cache.empty:
             seen = training_visibility(positions_BL, segments_BL)
         else:
-            if segments_BL is None:
-                segments_BL = jnp.ones_like(tokens_BL)
-            cache = kv.append_positions(cache, positions_BL, segments_BL)
             seen = Visibility(positions_BL, cache.positions_BS, segments_BL, cache.segments_BS)
         block = _rematerialised(Block, cfg.remat if cache is None else "none", cfg.scan_layers)
         if cfg.scan_layers:
             x_BLD = _scan_blocks(block, cfg)(x_BLD, rope, seen, cache)
         else:
-            x_BLD, cache = _unrolled_blocks(block, cfg, x_BLD, rope, seen, cache)
+            x_BLD, cache = _unrolled_blocks(block, cfg, self.context, x_BLD, rope, seen, cache)
         return RMSNorm(cfg, name="final_norm")(x_BLD), cache
 
 
@@ -226,17 +259,32 @@ def _scan_blocks(block, cfg: ModelConfig):
     return run
 
 
-def _unrolled_blocks(block, cfg: ModelConfig, x_BLD, rope, seen, cache):
+def _unrolled_blocks(block, cfg: ModelConfig, context, x_BLD, rope, seen: Visibility, cache):
     keys, values = [], []
     for layer in range(cfg.num_layers):
         layer_cache = None
         if cache is not None:
-            layer_cache = (cache.keys[layer], cache.values[layer], cache.length)
-        x_BLD, updated = block(cfg, name=f"block_{layer}")(x_BLD, rope, seen, layer_cache)
+            layer_cache = kv.LayerCache(
+                cache.keys[layer], cache.values[layer], cache.length, cache.empty
+            )
+        within = seen.replace(window=context.window(layer))
+        x_BLD, updated = block(cfg, name=f"block_{layer}")(x_BLD, rope, within, layer_cache)
         if cache is not None:
             keys.append(updated[0])
             values.append(updated[1])
     if cache is not None:
         filled = cache.length + x_BLD.shape[1]
-        cache = cache.replace(keys=tuple(keys), values=tuple(values), length=filled)
+        cache = cache.replace(keys=tuple(keys), values=tuple(values), length=filled, empty=False)
     return x_BLD, cache
+
+
+def _rotation(cfg: ModelConfig, context: ContextConfig, positions_BL, alpha_B) -> Rotation:
+    scale_BP, query_scale_BL, turned_BL = None, None, positions_BL
+    if context.dynamic_ntk:
+        scale_BP = ntk_scale(alpha_B, cfg.head_dim)
+    if context.interpolation != 1:
+        turned_BL = positions_BL.astype(jnp.float32) / context.interpolation
+    if context.logn:
+        query_scale_BL = logn_factor(positions_BL, context.trained_len)
+    tables = rope_tables(turned_BL, cfg.head_dim, cfg.rope_base, scale_BP)
+    return Rotation(tables, query_scale_BL)
