@@ -1,6 +1,6 @@
 """Tokens per CPU-second of tokenising alone and of the whole input pipeline.
 
-    python benchmarks/data.py [--data corpus.jsonl] [--packing first_fit]
+    python -m benchmarks.data [--data corpus.jsonl] [--packing first_fit]
 
 Needs the official ranks (pip install dashscope). Without --data the Python standard library is
 written to a temporary JSONL file. CPU time of the whole process is counted (all threads), because

@@ -1,6 +1,6 @@
 """Tokens per second of the training step on a CPU, against transformers and torch.
 
-    python benchmarks/train_step.py [--rounds 8] [--threads 2] [--microbatches 4]
+    python -m benchmarks.train_step [--rounds 8] [--threads 2] [--microbatches 4]
 
 Ours is the real step: `make_train_step` with the pretraining loss and optimizer, jitted, its state
 donated. Theirs is an eager `Qwen2ForCausalLM` with `torch.optim.AdamW` and the same clipping, on

@@ -35,7 +35,7 @@ def get_config():
     config.optimizer.update(peak_lr=3e-3, warmup_steps=50)
     config.checkpoint.update(every_steps=100, keep_every=0)
     config.train.update(
-        steps=500,
+        steps=400,
         eval_every=100,
         sample_every=200,
         sample_prompts=("def __init__(self", "import os\n", "class Error(Exception):\n"),

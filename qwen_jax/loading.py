@@ -22,6 +22,7 @@ from qwen_jax.hf.configs import Context
 from qwen_jax.hf.tokenizer import AnyTokenizer
 from qwen_jax.model.attention import choose_backend
 from qwen_jax.model.transformer import Transformer
+from qwen_jax.text.tokenizer import SPECIAL_TOKENS
 from qwen_jax.trainer import restore
 from qwen_jax.trainer.state import state_shardings
 
@@ -30,11 +31,16 @@ CHAT_STAGES = ("sft", "ppo")
 
 
 class Loaded(NamedTuple):
-    """A model that can run here: parameters, config (attention chosen for this hardware), ids."""
+    """A model that can run here: parameters, config (attention chosen for this hardware), ids.
+
+    context: what it was trained for. chat: whether its checkpoint says that it speaks ChatML.
+    """
 
     params: Any
     cfg: ModelConfig
     tokenizer: AnyTokenizer
+    context: Context
+    chat: bool
 
 
 class Checkpoint(NamedTuple):
@@ -71,14 +77,21 @@ def load(
         cfg = _with_dtype(found.cfg, dtype)
         abstract = _abstract(cfg, mesh)
         params = restore.restore_params(found.step_dir, abstract, subtree=subtree)
-        return Loaded(params, runnable(cfg), found.tokenizer)
+        chat = found.chat or _released_for_chat(found.context)
+        return Loaded(params, runnable(cfg), found.tokenizer, found.context, chat)
     if not _is_foreign(path):
         raise ValueError(
             f"{path} is neither a workdir (checkpoints/ is missing), nor a checkpoint "
             "(manifest.json), nor a Hugging Face directory (config.json), nor a .gguf file"
         )
     imported = convert.import_checkpoint(path, mesh=mesh, dtype=dtype, tokenizer=tokenizer)
-    return Loaded(imported.params, runnable(imported.cfg), imported.tokenizer)
+    return Loaded(
+        imported.params,
+        runnable(imported.cfg),
+        imported.tokenizer,
+        imported.context,
+        _released_for_chat(imported.context),
+    )
 
 
 def is_ours(path: Path) -> bool:
@@ -151,6 +164,14 @@ def runnable(cfg: ModelConfig) -> ModelConfig:
     """The config with the attention of this hardware, wherever the model was trained."""
     backend, _ = choose_backend("auto", jax.default_backend(), cfg.compute_dtype)
     return dataclasses.replace(cfg, attention=backend)
+
+
+def _released_for_chat(context: Context) -> bool:
+    """Whether the files of a release call it a chat model."""
+    generation = context.generation
+    if "chat_format" in generation:
+        return generation["chat_format"] == "chatml"
+    return SPECIAL_TOKENS[1] in context.chat_template
 
 
 def _is_foreign(path: Path) -> bool:

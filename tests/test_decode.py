@@ -1,13 +1,26 @@
 """The decoding loop against repeated full forward passes."""
 
+import re
+
+import chex
 import jax
 import numpy as np
 import pytest
-from tiny import apply_logits, random_params, random_tokens, row_positions, tiny_config
+from tiny import (
+    abstract_params,
+    apply_logits,
+    mesh_of,
+    random_params,
+    random_tokens,
+    row_positions,
+    tiny_config,
+)
 
-from qwen_jax.generate.decode import decode, pad_prompts
+from qwen_jax.generate import decode as decode_lib
+from qwen_jax.generate.decode import DecodeConfig, begin, decode, extend, pad_prompts, unrolled
 from qwen_jax.generate.sampling import GREEDY, SamplingConfig
 from qwen_jax.model.transformer import unstack_layers
+from qwen_jax.sharding import sharding_of, use_mesh
 
 CFG = tiny_config(num_layers=1)
 NUM_REAL, PAD, NEW = 500, 499, 6
@@ -19,11 +32,11 @@ def params():
     return random_params(CFG)
 
 
-def generate(params, prompts, sampling=GREEDY, stop_ids=(PAD,), seed=0):
+def generate(params, prompts, sampling=GREEDY, stop_ids=(PAD,), seed=0, **options):
     tokens, lengths = pad_prompts(prompts, PAD)
     out = decode(
         params, tokens, lengths, jax.random.key(seed), cfg=CFG, sampling=sampling,
-        stop_ids=stop_ids, pad=PAD, max_new_tokens=NEW, num_real=NUM_REAL,
+        stop_ids=stop_ids, pad=PAD, max_new_tokens=NEW, num_real=NUM_REAL, **options,
     )  # fmt: skip
     return jax.device_get(out)
 
@@ -123,6 +136,172 @@ def test_stop_tokens(params, greedy):
         )
         assert (out.log_probs_BR[row, length:] == 0).all()
     assert out.lengths_B[0] <= 2 and out.stopped_B[:2].all()
+
+
+def test_stop_sequences(params, greedy):
+    """A row ends as soon as its new tokens end with a sequence; the prompt does not count."""
+    first, second = greedy.tokens_BR[0].tolist(), greedy.tokens_BR[1].tolist()
+    sequences = (
+        (first[1], first[2], first[3]),
+        (second[1], first[0]),  # does not occur, though its tokens do
+        (PROMPTS[1][-1], second[0]),  # begins in the prompt
+    )
+    out = generate(params, PROMPTS, stop_ids=(), stop_sequences=sequences)
+    for row in range(3):
+        tokens = greedy.tokens_BR[row].tolist()
+        ends = [
+            n
+            for n in range(1, NEW + 1)
+            if any(n >= len(s) and tuple(tokens[n - len(s) : n]) == s for s in sequences)
+        ]
+        length = ends[0] if ends else NEW
+        assert (out.lengths_B[row], out.stopped_B[row]) == (length, bool(ends))
+        assert out.tokens_BR[row].tolist() == tokens[:length] + [PAD] * (NEW - length)
+    assert out.lengths_B[0] <= 4 and out.stopped_B[0]
+    with pytest.raises(ValueError, match="stop_sequences"):
+        generate(params, PROMPTS, stop_sequences=((),))
+
+
+def test_repetition_penalty_over_prompt_and_answer(params, full):
+    sampling = SamplingConfig(0.0, 0, 1.0, repetition_penalty=3.0)
+    out = generate(params, PROMPTS, sampling)
+    for row, prompt in enumerate(PROMPTS):
+        sequence = list(prompt)
+        for step in range(NEW):
+            scores = full(params, sequence).copy()
+            used = np.unique(sequence)
+            scores[used] = np.where(scores[used] > 0, scores[used] / 3, scores[used] * 3)
+            best = int(scores.argmax())
+            assert out.tokens_BR[row, step] == best
+            expected = log_softmax(scores)[best]
+            assert out.log_probs_BR[row, step] == pytest.approx(expected, abs=1e-4)
+            sequence.append(best)
+    # Padding's token is no part of the prompt: a very strong reward would otherwise bring it up.
+    rewarded = generate(params, [[5], [6] * 9], SamplingConfig(0.0, 0, 1.0, 1e-6), stop_ids=())
+    alone = generate(params, [[5]], SamplingConfig(0.0, 0, 1.0, 1e-6), stop_ids=())
+    np.testing.assert_array_equal(rewarded.tokens_BR[0], alone.tokens_BR[0])
+
+
+def test_a_row_follows_its_id(params, drawn):
+    """The same ids give the same draws at any index, in any company."""
+    sampling = SamplingConfig(1.0, 0, 0.9)
+    ids = np.array([2, 0, 1], np.int32)
+    turned = generate(params, [PROMPTS[i] for i in ids], sampling, row_ids_B=ids)
+    np.testing.assert_array_equal(turned.tokens_BR, drawn.tokens_BR[ids])
+    alone = generate(params, PROMPTS[2:], sampling, row_ids_B=np.array([2], np.int32))
+    np.testing.assert_array_equal(alone.tokens_BR[0], drawn.tokens_BR[2])
+    other = generate(params, PROMPTS[2:], sampling, row_ids_B=np.array([1234567], np.int32))
+    assert (other.tokens_BR[0] != drawn.tokens_BR[2]).any()
+
+
+def test_in_two_halves_and_with_a_growing_cache(params, drawn, monkeypatch):
+    """`begin` and `extend` a few tokens at a time, and more cache sizes, give the same tokens."""
+    sampling = SamplingConfig(1.0, 0, 0.9)
+    made_for = DecodeConfig(CFG, sampling, (PAD,), PAD, NEW, NUM_REAL)
+    flat = unrolled(params, cfg=CFG)
+    tokens, lengths = pad_prompts(PROMPTS, PAD)
+    ids = np.arange(3, dtype=np.int32)
+    state = begin(flat, tokens, lengths, jax.random.key(0), ids, made_for=made_for)
+    assert int(state.step) == 1
+    for until in (2, 4, 99):
+        state = extend(flat, state, until, made_for=made_for)
+        step = int(state.step)
+        assert step <= until
+        np.testing.assert_array_equal(state.out.tokens_BR[:, :step], drawn.tokens_BR[:, :step])
+    assert step == drawn.lengths_B.max()
+    monkeypatch.setattr(decode_lib, "_CACHE_MULTIPLE", 1)
+    jax.clear_caches()
+    grown = generate(params, PROMPTS, sampling)
+    np.testing.assert_array_equal(grown.tokens_BR, drawn.tokens_BR)
+    np.testing.assert_allclose(grown.log_probs_BR, drawn.log_probs_BR, atol=1e-5)
+    jax.clear_caches()
+
+
+def test_eight_devices_equal_one(params):
+    """Batch, heads and vocabulary spread over the mesh; grouped keys included."""
+    cfg = tiny_config(num_layers=1, num_kv_heads=2)
+    prompts = [random_tokens(n, NUM_REAL, seed=n).tolist() for n in (3, 9, 1, 7)]
+    tokens, lengths = pad_prompts(prompts, PAD)
+    tree = random_params(cfg)
+
+    def run(params, tokens, lengths):
+        return decode(
+            params, tokens, lengths, jax.random.key(0), cfg=cfg,
+            sampling=SamplingConfig(1.0, 0, 0.9, 1.2), stop_ids=(), pad=PAD, max_new_tokens=NEW,
+            num_real=NUM_REAL,
+        )  # fmt: skip
+
+    one = jax.device_get(run(tree, tokens, lengths))
+    mesh = mesh_of(8, data=2, fsdp=2, tensor=2)
+    boxed = {"embedding": ("vocab", "embed"), "head": ("vocab", "embed")}
+    spread = {
+        name: jax.device_put(leaf, sharding_of(mesh, boxed[name])) if name in boxed else leaf
+        for name, leaf in tree.items()
+    }
+    blocks = jax.tree.map(
+        lambda leaf: jax.device_put(
+            leaf, sharding_of(mesh, (None, "embed", "mlp") if leaf.ndim == 3 else (None, None))
+        ),
+        tree["blocks"],
+    )
+    norm = jax.device_put(tree["final_norm"], sharding_of(mesh, ()))
+    rows = sharding_of(mesh, ("batch",))
+    with use_mesh(mesh):
+        eight = run(
+            spread | {"blocks": blocks, "final_norm": norm},
+            jax.device_put(tokens, rows),
+            jax.device_put(lengths, rows),
+        )
+    np.testing.assert_array_equal(eight.tokens_BR, one.tokens_BR)
+    np.testing.assert_allclose(eight.log_probs_BR, one.log_probs_BR, atol=1e-4)
+    assert len(spread["head"].sharding.device_set) == 8
+
+
+def test_one_compilation_per_shape(params, monkeypatch):
+    """Other prompts, lengths, seeds and row ids of the same shape run the same program."""
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(params, tokens, lengths, key, ids):
+        made_for = DecodeConfig(CFG, GREEDY, (PAD,), PAD, NEW, NUM_REAL)
+        return decode_lib._decode(params, tokens, lengths, key, ids, made_for=made_for)
+
+    flat = unrolled(params, cfg=CFG)
+    for seed, prompts in enumerate((PROMPTS, PROMPTS[::-1], [[5] * 16, [1], [2, 3]])):
+        tokens, lengths = pad_prompts(prompts, PAD)
+        ids = np.arange(3, dtype=np.int32) + seed
+        run(flat, tokens, lengths, jax.random.key(seed), ids)
+    before = decode_lib._decode._cache_size()
+    for seed in range(2):
+        generate(params, PROMPTS, seed=seed)
+        generate(params, PROMPTS[::-1], seed=seed, row_ids_B=np.array([4, 5, 6], np.int32))
+    assert decode_lib._decode._cache_size() <= before + 1
+    with pytest.raises(AssertionError, match="traced"):
+        run(flat, *pad_prompts([[1] * 17] * 3, PAD), jax.random.key(0), np.arange(3))
+
+
+def test_the_loop_copies_neither_cache_nor_weights():
+    """The compiled body of the loop holds no copy as large as one layer's keys."""
+    cfg = tiny_config(scan_layers=False, num_kv_heads=2)
+    made_for = DecodeConfig(cfg, GREEDY, (PAD,), PAD, 64, NUM_REAL)
+    batch, width = 4, 64
+    arguments = (
+        abstract_params(cfg),
+        jax.ShapeDtypeStruct((batch, width), np.int32),
+        jax.ShapeDtypeStruct((batch,), np.int32),
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((batch,), np.int32),
+    )
+    text = decode_lib._decode.lower(*arguments, made_for=made_for).compile().as_text()
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    found = []
+    for name in bodies:
+        body = re.search(rf"^%?{re.escape(name)} .*?^}}", text, re.MULTILINE | re.DOTALL).group(0)
+        found += re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose|slice)\(", body)
+    sizes = [int(np.prod([int(n) for n in shape.split(",")])) for shape in found]
+    assert bodies and "dynamic-update-slice" in text
+    assert not [size for size in sizes if size >= batch * 2 * 64 * cfg.head_dim], found
 
 
 def test_pad_prompts():

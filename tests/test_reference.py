@@ -11,7 +11,7 @@ from qwen_jax.losses import cross_entropy_sum
 from qwen_jax.model.attention import attend, training_visibility
 from qwen_jax.model.layers import rms_norm
 from qwen_jax.model.rope import apply_rope, rope_tables
-from qwen_jax.model.transformer import Attention, Block, Transformer
+from qwen_jax.model.transformer import Attention, Block, Rotation, Transformer
 
 LENGTH = 11
 
@@ -72,7 +72,7 @@ def test_attention_layer(cfg, params, weights):
     x = gaussian(LENGTH, cfg.d_model)
     positions = jnp.arange(LENGTH)[None]
     layer = jax.tree.map(lambda leaf: leaf[1], params["blocks"]["attention"])
-    rope = rope_tables(positions, cfg.head_dim, cfg.rope_base)
+    rope = Rotation(rope_tables(positions, cfg.head_dim, cfg.rope_base), None)
     ours, _ = Attention(cfg).apply(
         {"params": layer}, f32(x)[None], rope, training_visibility(positions, None), None
     )
@@ -84,7 +84,7 @@ def test_block(cfg, params, weights):
     x = gaussian(LENGTH, cfg.d_model)
     positions = jnp.arange(LENGTH)[None]
     layer = jax.tree.map(lambda leaf: leaf[1], params["blocks"])
-    rope = rope_tables(positions, cfg.head_dim, cfg.rope_base)
+    rope = Rotation(rope_tables(positions, cfg.head_dim, cfg.rope_base), None)
     ours, _ = Block(cfg).apply(
         {"params": layer}, f32(x)[None], rope, training_visibility(positions, None), None
     )

@@ -11,6 +11,7 @@ from qwen_jax.generate.sampling import (
     SamplingConfig,
     keep_top_k,
     keep_top_p,
+    penalise,
 )
 from qwen_jax.generate.sampling import sample as unjitted_sample
 
@@ -145,6 +146,36 @@ def test_rows_use_their_own_keys():
     assert alone[0] == token[0]
 
 
+def test_repetition_penalty_by_hand():
+    logits = jnp.asarray([[2.0, -2.0, 3.0, NEGATIVE]])
+    used = jnp.asarray([[True, True, False, True]])
+    assert penalise(logits, used, 4.0)[0].tolist() == [0.5, -8.0, 3.0, np.float32(NEGATIVE)]
+    cfg = SamplingConfig(0.0, 0, 1.0, repetition_penalty=4.0)
+    token, log_prob = sample(logits, keys(1), cfg, num_real=3, used_BV=used)
+    assert token.tolist() == [2]
+    # The log-probability is that of the penalised distribution.
+    assert float(log_prob[0]) == pytest.approx(-np.log(1 + np.exp(-2.5) + np.exp(-11)), rel=1e-5)
+
+
+def test_repetition_penalty_equals_transformers():
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((3, 50)).astype(np.float32)
+    ids = rng.integers(0, 50, (3, 20))
+    used = np.zeros((3, 50), bool)
+    np.put_along_axis(used, ids, True, axis=1)
+    processor = transformers.RepetitionPenaltyLogitsProcessor(1.3)
+    expected = processor(torch.from_numpy(ids), torch.from_numpy(logits)).numpy()
+    np.testing.assert_allclose(penalise(logits, used, 1.3), expected, rtol=1e-6)
+    assert np.abs(expected - logits).max() > 0.1
+
+
+def test_log_probs_can_be_left_out():
+    logits = jnp.asarray([[0.0, 2.0, 1.0]])
+    out = jax.jit(lambda x: unjitted_sample(x, keys(1), GREEDY, 3, log_probs=False))(logits)
+    assert [x.tolist() for x in out] == [[1], [0.0]]
+
+
 @pytest.mark.parametrize(
     "values, message",
     [
@@ -153,6 +184,7 @@ def test_rows_use_their_own_keys():
         ((1.0, -1, 1.0), "top_k = -1"),
         ((1.0, 0, 0.0), "top_p = 0.0"),
         ((1.0, 0, 1.1), "top_p = 1.1"),
+        ((1.0, 0, 1.0, 0.0), "repetition_penalty = 0.0"),
     ],
 )
 def test_bad_settings(values, message):

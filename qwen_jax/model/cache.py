@@ -61,6 +61,23 @@ def create_cache(cfg: ModelConfig, batch_size: int, cache_len: int) -> KVCache:
     )
 
 
+def grow(cache: KVCache, cache_len: int) -> KVCache:
+    """The cache with room for `cache_len` tokens per row."""
+    added = cache_len - cache.positions_BS.shape[1]
+    if added == 0:
+        return cache
+
+    def pad(x, axis):
+        return jnp.pad(x, [(0, added if axis == i else 0) for i in range(x.ndim)])
+
+    return cache.replace(
+        keys=tuple(pad(x, 2) for x in cache.keys),
+        values=tuple(pad(x, 2) for x in cache.values),
+        positions_BS=pad(cache.positions_BS, 1),
+        segments_BS=pad(cache.segments_BS, 1),
+    )
+
+
 def append_positions(cache: KVCache, positions_BL, segments_BL) -> KVCache:
     """The cache with the positions of the next L slots noted; `length` is not advanced yet."""
     start = (0, cache.length)
