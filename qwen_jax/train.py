@@ -120,8 +120,10 @@ def train(job: Job) -> int:
     finally:
         context.checkpoints.close()
     log(format_mixture(job.rows.mixture_report()))
+    step, saved = outcome.summary["step"], context.checkpoints.latest_step
     if outcome.preempted:
-        log(f"preempted at step {outcome.summary['step']}: saved, run the same command to resume")
+        where = "saved" if saved == step else f"not saved (the newest checkpoint is step {saved})"
+        log(f"preempted at step {step}: {where}, run the same command to resume")
         return distributed.EXIT_RESTART
     if jax.process_index() == 0:
         extra = {"name": job.cfg.name, "data": job.rows.mixture_report()}
@@ -129,6 +131,9 @@ def train(job: Job) -> int:
             extra["gzip_bits_per_byte"] = job.gzip_bits_per_byte
         loop.write_results(outcome, context.workdir, extra, f"{job.cfg.name}: loss")
         _log_summary(outcome.summary | extra, context.workdir, log)
+    if saved != step:
+        log(f"error: step {step} could not be saved; run the same command to train on from {saved}")
+        return 1
     return 0
 
 

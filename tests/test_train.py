@@ -399,3 +399,17 @@ class TestProcesses:
 def test_config_of_a_finished_run_is_complete(finished):
     fields = {field.name for field in dataclasses.fields(Config)}
     assert json.loads((finished / "config.json").read_text()).keys() == fields
+
+
+def test_a_last_step_that_cannot_be_saved_is_a_failure(corpus, tmp_path, capfd, monkeypatch):
+    from qwen_jax.trainer.checkpoint import Checkpoints
+
+    save = Checkpoints.save
+
+    def full_disk(self, step, *args, **kwargs):
+        return step < 6 and save(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpoints, "save", full_disk)
+    assert train.main(arguments(corpus, tmp_path)) == 1
+    assert "step 6 could not be saved" in capfd.readouterr().err
+    assert find_step(tmp_path).name == "4"
