@@ -2,7 +2,7 @@
 
 python -m qwen_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
-No download: the tokenizer is learnt from the training files, every twentieth file is held out.
+No download: the tokenizer is learnt from the training files, about one file in twenty is held out.
 """
 
 from configs import base
