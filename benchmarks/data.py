@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 
+from qwen_jax.data.formats import TextFormat
 from qwen_jax.data.pipelines import VirtualShardBatches
 from qwen_jax.data.sources import open_sources
 from qwen_jax.text import tokenizer as tokenizers
@@ -79,15 +80,14 @@ def main():
         texts = [records[i] for i in range(len(records))]
         settings = {
             "batch_size": 32,
-            "seq_len": 2048,
-            "packing": args.packing,
             "seed": 0,
             "num_virtual_shards": 8,
         }
+        row_format = TextFormat(tokenizer, 2048, args.packing)
         alone = VirtualShardBatches(
-            sources, tokenizer, prefetch_batches=0, num_threads=1, **settings
+            sources, row_format, prefetch_batches=0, num_threads=1, **settings
         )
-        threaded = VirtualShardBatches(sources, tokenizer, **settings)
+        threaded = VirtualShardBatches(sources, row_format, **settings)
         variants = {
             "tokenise": lambda: tokenise_round(tokenizer, texts),
             "pipeline": lambda: pipeline_round(alone),

@@ -73,6 +73,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "steps": 0,
                 "num_microbatches": 1,
                 "seed": 0,
+                "dropout": 0.0,
                 "log_every": 10,
                 "eval_every": 1000,
                 "sample_every": 1000,
@@ -83,5 +84,9 @@ def get_config() -> ml_collections.ConfigDict:
                 "profile_steps": 0,
                 "hang_timeout_secs": 0.0,
             },
+            "chat": None,
+            "reward": None,
+            "ppo": None,
+            "lora": None,
         }
     )

@@ -1,18 +1,18 @@
 """Every knob: its meaning, unit and legal range.
 
-Values live in `configs/`; this file holds no value. A run's `ConfigDict` becomes the frozen
+Values live in `configs/`; this file holds no value. The knobs of alignment are in
+`config_alignment.py`. A run's `ConfigDict` becomes the frozen
 dataclasses below through `Config.from_dict`, which refuses unknown and missing keys, wrong types,
 NaN and values out of range before any device is touched. Code below `train.py` receives the part it
 needs, never the whole.
 """
 
 import dataclasses
-import difflib
-import math
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any
+
+from qwen_jax.config_alignment import ChatConfig, LoraConfig, PpoConfig, RewardConfig
+from qwen_jax.config_values import build, require, require_choice
 
 REMAT_POLICIES = ("none", "full", "save_matmuls", "save_attention")
 ATTENTION_BACKENDS = ("auto", "reference", "blocked", "cudnn")
@@ -20,11 +20,13 @@ SCHEDULES = ("cosine", "constant")
 PACKINGS = ("concat", "concat_masked", "first_fit")
 DTYPES = ("float32", "bfloat16", "float16")
 BAD_RECORD_POLICIES = ("skip", "fail")
-
-
-def _require(condition: bool, field: str, value: Any, fix: str) -> None:
-    if not condition:
-        raise ValueError(f"{field} = {value!r}: {fix}")
+# The groups of settings that a stage needs besides those that every run has.
+STAGE_GROUPS = {
+    "pretrain": (),
+    "sft": ("chat",),
+    "reward": ("chat", "reward"),
+    "ppo": ("chat", "ppo"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,33 +67,33 @@ class ModelConfig:
 
     def __post_init__(self):
         for field in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads"):
-            _require(
+            require(
                 getattr(self, field) > 0, f"model.{field}", getattr(self, field), "must be positive"
             )
-        _require(
+        require(
             self.head_dim > 0 and self.head_dim % 2 == 0,
             "model.head_dim",
             self.head_dim,
             "must be positive and even, rotary embeddings turn pairs",
         )
-        _require(self.d_ff > 0, "model.d_ff", self.d_ff, "must be positive")
-        _require(
+        require(self.d_ff > 0, "model.d_ff", self.d_ff, "must be positive")
+        require(
             self.num_heads % self.num_kv_heads == 0,
             "model.num_kv_heads",
             self.num_kv_heads,
             f"must divide model.num_heads = {self.num_heads}",
         )
-        _require(self.rope_base > 1, "model.rope_base", self.rope_base, "must be above 1")
-        _require(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "must lie in (0, 1)")
-        _require(self.init_std > 0, "model.init_std", self.init_std, "must be positive")
-        _require(self.loss_chunk > 0, "model.loss_chunk", self.loss_chunk, "must be positive")
+        require(self.rope_base > 1, "model.rope_base", self.rope_base, "must be above 1")
+        require(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "must lie in (0, 1)")
+        require(self.init_std > 0, "model.init_std", self.init_std, "must be positive")
+        require(self.loss_chunk > 0, "model.loss_chunk", self.loss_chunk, "must be positive")
         for field, legal in (
             ("param_dtype", DTYPES),
             ("compute_dtype", DTYPES),
             ("remat", REMAT_POLICIES),
             ("attention", ATTENTION_BACKENDS),
         ):
-            _require_choice(f"model.{field}", getattr(self, field), legal)
+            require_choice(f"model.{field}", getattr(self, field), legal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,16 +111,14 @@ class TokenizerConfig:
     learn_bytes: int
 
     def __post_init__(self):
-        _require(self.path != "", "tokenizer.path", self.path, "name `official`, `learn` or a file")
-        _require(
+        require(self.path != "", "tokenizer.path", self.path, "name `official`, `learn` or a file")
+        require(
             self.learn_entries >= 256,
             "tokenizer.learn_entries",
             self.learn_entries,
             "must be at least 256, the single bytes",
         )
-        _require(
-            self.learn_bytes > 0, "tokenizer.learn_bytes", self.learn_bytes, "must be positive"
-        )
+        require(self.learn_bytes > 0, "tokenizer.learn_bytes", self.learn_bytes, "must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +126,10 @@ class DataConfig:
     """What is read and how it becomes rows. Qwen report sec. 2.1 and 2.4.
 
     train, heldout: source specs, see `data/sources.py`; heldout may be empty (no evaluation).
-    seq_len: positions of a row. batch_size: rows of one optimizer step, over all devices.
-    packing: `concat` (the report: join documents, cut the stream), `concat_masked` (the same rows,
+    seq_len: positions of a row. batch_size: rows of one optimizer step, over all devices: packed
+        rows, or pairs of answers (reward), or answers (ppo).
+    packing: of text (conversations are always packed whole, pairs and prompts not at all):
+        `concat` (the report: join documents, cut the stream), `concat_masked` (the same rows,
         attention and positions restart at each document), `first_fit` (documents placed whole).
     virtual_shards: packed streams from which a batch takes its rows; the number of processes must
         divide it. Part of the data order, so it cannot change on resume.
@@ -150,35 +152,35 @@ class DataConfig:
     max_document_bytes: int
 
     def __post_init__(self):
-        _require(self.seq_len > 1, "data.seq_len", self.seq_len, "must be at least 2")
-        _require(self.batch_size > 0, "data.batch_size", self.batch_size, "must be positive")
-        _require_choice("data.packing", self.packing, PACKINGS)
-        _require_choice("data.bad_records", self.bad_records, BAD_RECORD_POLICIES)
-        _require(
+        require(self.seq_len > 1, "data.seq_len", self.seq_len, "must be at least 2")
+        require(self.batch_size > 0, "data.batch_size", self.batch_size, "must be positive")
+        require_choice("data.packing", self.packing, PACKINGS)
+        require_choice("data.bad_records", self.bad_records, BAD_RECORD_POLICIES)
+        require(
             self.virtual_shards > 0 and self.batch_size % self.virtual_shards == 0,
             "data.virtual_shards",
             self.virtual_shards,
             f"must be positive and divide data.batch_size = {self.batch_size}",
         )
-        _require(
+        require(
             self.prefetch_batches >= 1,
             "data.prefetch_batches",
             self.prefetch_batches,
             "must be at least 1",
         )
-        _require(
+        require(
             self.heldout_documents >= 0,
             "data.heldout_documents",
             self.heldout_documents,
             "must not be negative; 0 means all",
         )
-        _require(
+        require(
             0 <= self.max_bad_fraction <= 1,
             "data.max_bad_fraction",
             self.max_bad_fraction,
             "must lie in [0, 1]",
         )
-        _require(
+        require(
             self.max_document_bytes > 0,
             "data.max_document_bytes",
             self.max_document_bytes,
@@ -208,41 +210,41 @@ class OptimizerConfig:
     moment_dtype: str
 
     def __post_init__(self):
-        _require(self.peak_lr > 0, "optimizer.peak_lr", self.peak_lr, "must be positive")
-        _require(
+        require(self.peak_lr > 0, "optimizer.peak_lr", self.peak_lr, "must be positive")
+        require(
             0 <= self.final_lr_fraction <= 1,
             "optimizer.final_lr_fraction",
             self.final_lr_fraction,
             "must lie in [0, 1]",
         )
-        _require(
+        require(
             self.warmup_steps >= 0,
             "optimizer.warmup_steps",
             self.warmup_steps,
             "must not be negative",
         )
         for field in ("b1", "b2"):
-            _require(
+            require(
                 0 <= getattr(self, field) < 1,
                 f"optimizer.{field}",
                 getattr(self, field),
                 "must lie in [0, 1)",
             )
-        _require(self.eps > 0, "optimizer.eps", self.eps, "must be positive")
-        _require(
+        require(self.eps > 0, "optimizer.eps", self.eps, "must be positive")
+        require(
             self.weight_decay >= 0,
             "optimizer.weight_decay",
             self.weight_decay,
             "must not be negative",
         )
-        _require(
+        require(
             self.clip_norm >= 0,
             "optimizer.clip_norm",
             self.clip_norm,
             "must not be negative; 0 switches clipping off",
         )
-        _require_choice("optimizer.schedule", self.schedule, SCHEDULES)
-        _require_choice("optimizer.moment_dtype", self.moment_dtype, DTYPES)
+        require_choice("optimizer.schedule", self.schedule, SCHEDULES)
+        require_choice("optimizer.moment_dtype", self.moment_dtype, DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,10 +264,8 @@ class MeshConfig:
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
-            _require(
-                size == -1 or size > 0, f"mesh.{axis}", size, "must be positive, or -1 to fill"
-            )
-        _require(
+            require(size == -1 or size > 0, f"mesh.{axis}", size, "must be positive, or -1 to fill")
+        require(
             sum(size == -1 for size in sizes.values()) <= 1,
             "mesh",
             sizes,
@@ -292,13 +292,13 @@ class CheckpointConfig:
 
     def __post_init__(self):
         for field in ("every_steps", "keep_latest", "max_failures"):
-            _require(
+            require(
                 getattr(self, field) > 0,
                 f"checkpoint.{field}",
                 getattr(self, field),
                 "must be positive",
             )
-        _require(
+        require(
             self.keep_every >= 0,
             "checkpoint.keep_every",
             self.keep_every,
@@ -311,16 +311,19 @@ class TrainConfig:
     """Length of the run and what is shown on the way.
 
     steps: optimizer steps. num_microbatches: parts a batch is cut into, their gradients summed.
-    seed: the only source of randomness. log_every, eval_every, sample_every: intervals in steps,
-    0 switches evaluation or sampling off. sample_prompts: texts continued at each sampling,
-    sample_tokens: how many tokens. max_skipped_steps: non-finite updates in a row that stop the
-    run. profile_start, profile_steps: window traced by the profiler, 0 steps for none.
-    hang_timeout_secs: without a step for so long, the process dumps its stacks and exits 42; 0 off.
+    seed: the only source of randomness. dropout: rate on the embedding and on what each sublayer
+    adds (the report names a rate for fine-tuning and not the places). log_every, eval_every,
+    sample_every: intervals in steps, 0 switches evaluation or sampling off. sample_prompts: texts
+    continued at each sampling, sample_tokens: how many tokens. max_skipped_steps: non-finite
+    updates in a row that stop the run. profile_start, profile_steps: window traced by the profiler,
+    0 steps for none. hang_timeout_secs: without a step for so long, the process dumps its stacks
+    and exits 42; 0 off.
     """
 
     steps: int
     num_microbatches: int
     seed: int
+    dropout: float
     log_every: int
     eval_every: int
     sample_every: int
@@ -333,9 +336,10 @@ class TrainConfig:
 
     def __post_init__(self):
         for field in ("steps", "num_microbatches", "log_every", "max_skipped_steps"):
-            _require(
+            require(
                 getattr(self, field) > 0, f"train.{field}", getattr(self, field), "must be positive"
             )
+        require(0 <= self.dropout < 1, "train.dropout", self.dropout, "must lie in [0, 1)")
         for field in (
             "seed",
             "eval_every",
@@ -345,7 +349,7 @@ class TrainConfig:
             "profile_steps",
             "hang_timeout_secs",
         ):
-            _require(
+            require(
                 getattr(self, field) >= 0,
                 f"train.{field}",
                 getattr(self, field),
@@ -357,8 +361,10 @@ class TrainConfig:
 class Config:
     """One run.
 
-    name labels it; stage picks what is trained (`train.STAGES`). init_from: a workdir or checkpoint
-    of an earlier stage whose parameters this one starts from; empty for random weights.
+    name labels it; stage picks what is trained (`assembly.STAGES`). init_from: a workdir or
+    checkpoint of an earlier stage whose parameters this one starts from; empty for random weights.
+    chat, reward, ppo: groups of the stages that need them (`STAGE_GROUPS`), None in all others.
+    lora: adapters instead of all weights, None for all weights.
     """
 
     name: str
@@ -371,21 +377,38 @@ class Config:
     mesh: MeshConfig
     checkpoint: CheckpointConfig
     train: TrainConfig
+    chat: ChatConfig | None
+    reward: RewardConfig | None
+    ppo: PpoConfig | None
+    lora: LoraConfig | None
 
     def __post_init__(self):
-        _require(
+        require_choice("stage", self.stage, tuple(STAGE_GROUPS))
+        for group in ("chat", "reward", "ppo"):
+            needed = group in STAGE_GROUPS[self.stage]
+            given = getattr(self, group) is not None
+            fix = f"stage {self.stage!r} {'needs' if needed else 'has no'} settings {group}.*"
+            require(needed == given, group, getattr(self, group), fix)
+        if self.lora is not None:
+            require(
+                self.stage in ("sft", "ppo"), "lora", self.lora, f"not for stage {self.stage!r}"
+            )
+            require(self.init_from != "", "init_from", "", "adapters need weights to stand beside")
+        if self.ppo is not None:
+            self.ppo.check_run(self)
+        require(
             self.data.batch_size % self.train.num_microbatches == 0,
             "train.num_microbatches",
             self.train.num_microbatches,
             f"must divide data.batch_size = {self.data.batch_size}",
         )
-        _require(
+        require(
             self.optimizer.warmup_steps < self.train.steps,
             "optimizer.warmup_steps",
             self.optimizer.warmup_steps,
             f"must be below train.steps = {self.train.steps}",
         )
-        _require(
+        require(
             self.data.seq_len % min(self.model.loss_chunk, self.data.seq_len) == 0,
             "model.loss_chunk",
             self.model.loss_chunk,
@@ -400,49 +423,8 @@ class Config:
           ValueError: an unknown key (the nearest legal one is named), a missing key, a wrong type,
             a non-finite number or a value out of range.
         """
-        return _build(cls, values, "")
+        return build(cls, values, "")
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved values as nested dicts, as written to `config.json`."""
         return dataclasses.asdict(self)
-
-
-def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    """An instance of the dataclass `cls` from a mapping, strictly."""
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
-            advice = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(hints)}"
-            raise ValueError(f"{prefix}{key}: unknown key; {advice}")
-    missing = [key for key in hints if key not in values]
-    if missing:
-        raise ValueError(f"missing keys: {', '.join(prefix + key for key in missing)}")
-    return cls(**{key: _convert(hints[key], values[key], prefix + key) for key in hints})
-
-
-def _convert(kind: Any, value: Any, name: str) -> Any:
-    """Checks one value against its annotation; ints pass for floats, bools never for numbers."""
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{name} = {value!r}: expected a group of settings")
-        return _build(kind, value, name + ".")
-    if isinstance(kind, types.GenericAlias):  # tuple[str, ...]
-        if not isinstance(value, (tuple, list)) or not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{name} = {value!r}: expected a tuple of strings")
-        return tuple(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(
-            f"{name} = {value!r}: expected {kind.__name__}, got {type(value).__name__}"
-        )
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{name} = {value!r}: must be a finite number")
-    return value
-
-
-def _require_choice(field: str, value: str, legal: tuple[str, ...]) -> None:
-    near = difflib.get_close_matches(value, legal, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    _require(value in legal, field, value, f"{hint}legal: {', '.join(legal)}")

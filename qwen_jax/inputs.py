@@ -1,5 +1,6 @@
-"""What a run reads before it starts: workdir, tokenizer, training rows, held-out rows."""
+"""What a run reads before it starts: workdir, tokenizer, rows, and the models of earlier stages."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import NamedTuple
 import jax
 from jax.experimental import multihost_utils
 
-from qwen_jax.config import Config
+from qwen_jax import loading
+from qwen_jax.config import Config, ModelConfig
 from qwen_jax.data import heldout as heldout_lib
 from qwen_jax.data.batch import process_placement
+from qwen_jax.data.formats import ConversationFormat, RowFormat, TextFormat
 from qwen_jax.data.pipelines import VirtualShardBatches
 from qwen_jax.data.sources import open_sources
 from qwen_jax.text import tokenizer as tokenizer_lib
@@ -94,24 +97,46 @@ def _train_spec(cfg: Config) -> str:
     return cfg.data.train
 
 
+def text_format(cfg: Config, tokenizer: tokenizer_lib.Tokenizer) -> TextFormat:
+    """Rows of text as `data.packing` says."""
+    packing = cfg.data.packing
+    return TextFormat(
+        tokenizer,
+        cfg.data.seq_len,
+        packing="first_fit" if packing == "first_fit" else "concat",
+        mask_documents=packing == "concat_masked",
+    )
+
+
+def conversation_format(cfg: Config, tokenizer: tokenizer_lib.Tokenizer) -> ConversationFormat:
+    """Rows of conversations as `chat` says."""
+    return ConversationFormat(
+        tokenizer, cfg.data.seq_len, loss_mask=cfg.chat.loss_mask, system=cfg.chat.system
+    )
+
+
 def training_rows(
-    cfg: Config, mesh: jax.sharding.Mesh, tokenizer: tokenizer_lib.Tokenizer
+    cfg: Config,
+    mesh: jax.sharding.Mesh,
+    tokenizer: tokenizer_lib.Tokenizer,
+    row_format: RowFormat,
+    *,
+    spec: str | None = None,
+    batch_size: int | None = None,
 ) -> VirtualShardBatches:
-    """This process's rows of every batch.
+    """This process's rows of every batch. spec, batch_size: those of `data` where left out.
 
     Raises:
       ValueError: the data are missing, empty or cannot be placed on the mesh.
     """
-    block, blocks = process_placement(mesh, cfg.data.batch_size)
+    batch_size = batch_size or cfg.data.batch_size
+    block, blocks = process_placement(mesh, batch_size)
     return VirtualShardBatches(
-        open_sources(_train_spec(cfg), tokenizer_sha256=tokenizer.sha256),
-        tokenizer,
-        batch_size=cfg.data.batch_size,
-        seq_len=cfg.data.seq_len,
-        packing="first_fit" if cfg.data.packing == "first_fit" else "concat",
-        mask_documents=cfg.data.packing == "concat_masked",
+        open_sources(spec or _train_spec(cfg), tokenizer_sha256=tokenizer.sha256),
+        row_format,
+        batch_size=batch_size,
         seed=cfg.train.seed,
-        num_virtual_shards=cfg.data.virtual_shards,
+        num_virtual_shards=math.gcd(cfg.data.virtual_shards, batch_size),
         process_index=block,
         process_count=blocks,
         prefetch_batches=cfg.data.prefetch_batches,
@@ -121,7 +146,12 @@ def training_rows(
     )
 
 
-def load_heldout(cfg: Config, tokenizer: tokenizer_lib.Tokenizer, log: Callable) -> Heldout:
+def load_heldout(
+    cfg: Config,
+    tokenizer: tokenizer_lib.Tokenizer,
+    row_format: RowFormat,
+    log: Callable,
+) -> Heldout:
     """All held-out sources as rows; empty when the config names none.
 
     Raises:
@@ -132,10 +162,86 @@ def load_heldout(cfg: Config, tokenizer: tokenizer_lib.Tokenizer, log: Callable)
         return Heldout(scored, gzip)
     limit = cfg.data.heldout_documents or None
     sources = open_sources(cfg.data.heldout, tokenizer_sha256=tokenizer.sha256)
+    is_text = isinstance(row_format, TextFormat)
+    if is_text:
+        row_format = dataclasses.replace(row_format, packing="concat", mask_documents=False)
     for source in sources:
-        rows = heldout_lib.heldout_rows(source, tokenizer, cfg.data.seq_len, limit)
+        rows = heldout_lib.heldout_rows(source, row_format, limit)
         scored.append((source.name, rows))
-        log(f"held-out {source.name}: {rows.num_documents} documents, {rows.num_bytes} bytes")
-    if len(sources) == 1 and sources[0].kind != "arrayrecord":
+        left_out = f", left out {rows.skipped}" if rows.skipped else ""
+        log(
+            f"held-out {source.name}: {rows.num_documents} documents, {rows.num_bytes} bytes"
+            + left_out
+        )
+    if is_text and len(sources) == 1 and sources[0].kind != "arrayrecord":
         gzip = heldout_lib.gzip_bits_per_byte(sources[0], limit)
     return Heldout(scored, gzip)
+
+
+# What two models must have in common for the weights of one to serve the other.
+_NOT_COMPARED = ("param_dtype", "compute_dtype", "remat", "attention", "loss_chunk")
+_NOT_COMPARED += ("init_std",)
+
+
+def open_earlier(
+    setting: str, path: str, model: ModelConfig, tokenizer: tokenizer_lib.Tokenizer
+) -> loading.Checkpoint:
+    """The checkpoint of an earlier stage, once it is clear that it fits this run.
+
+    setting: the name of the setting that holds the path.
+
+    Raises:
+      ValueError: no usable checkpoint, another tokenizer, or all values in which models differ.
+    """
+    try:
+        found = loading.open_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"{setting} = {path!r}: {error}") from error
+    if found.tokenizer.sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"{setting} = {path!r} was trained with tokenizer {found.tokenizer.sha256[:12]}, this "
+            f"run has {tokenizer.sha256[:12]}; set tokenizer.path to the file of that model"
+        )
+    theirs, ours = dataclasses.asdict(found.cfg), dataclasses.asdict(model)
+    differ = [
+        f"model.{name} is {theirs[name]!r} there and {ours[name]!r} here"
+        for name in ours
+        if name not in _NOT_COMPARED and theirs[name] != ours[name]
+    ]
+    if differ:
+        raise ValueError(f"{setting} = {path!r}: another model; " + "; ".join(differ))
+    return found
+
+
+def compare_probes(
+    path: str, saved: dict[str, list[float]], here: dict[str, list[float]], compute_dtype: str
+) -> float:
+    """Largest difference between what a model answered when it was saved and what it answers now.
+
+    Raises:
+      ValueError: they are not the same model.
+    """
+    # bfloat16 products add up in another order on another mesh.
+    tolerance = 1e-3 if compute_dtype == "float32" else 0.1
+    worst = max(abs(a - b) for name in here for a, b in zip(saved[name], here[name], strict=True))
+    if not worst <= tolerance:
+        raise ValueError(
+            f"{path}: the restored model answers the probe differently than when it was saved (by "
+            f"{worst:.2g}): the files or the settings of the model are not those of that run"
+        )
+    return worst
+
+
+def end_token_id(tokenizer: tokenizer_lib.Tokenizer, name: str) -> int:
+    """The id of the control token at which a reward is read.
+
+    Raises:
+      ValueError: the tokenizer has no such token.
+    """
+    if name not in tokenizer.special_tokens:
+        known = list(tokenizer.special_tokens)
+        raise ValueError(
+            f"reward.end_token = {name!r} is no control token; choose one of {', '.join(known[:4])}"
+            f" ... {known[-1]}"
+        )
+    return tokenizer.special_tokens[name]

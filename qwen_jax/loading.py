@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import LoraConfig, ModelConfig
 from qwen_jax.hf import convert
 from qwen_jax.hf import tokenizer as tokenizer_lib
 from qwen_jax.hf.configs import Context
 from qwen_jax.hf.tokenizer import AnyTokenizer
+from qwen_jax.model.adapters import ADAPTERS, BASE, init_adapters, merge
 from qwen_jax.model.attention import choose_backend
 from qwen_jax.model.transformer import Transformer
 from qwen_jax.text.tokenizer import SPECIAL_TOKENS
@@ -44,7 +45,11 @@ class Loaded(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """One of our checkpoints, nothing but its meta read yet. chat: whether it speaks ChatML."""
+    """One of our checkpoints, nothing but its meta read yet.
+
+    chat: whether it speaks ChatML. stage: what trained it. lora: the adapters it holds beside the
+    base, None for whole weights.
+    """
 
     step_dir: Path
     meta: Mapping[str, Any]
@@ -52,6 +57,12 @@ class Checkpoint(NamedTuple):
     tokenizer: AnyTokenizer
     context: Context
     chat: bool
+    stage: str
+    lora: LoraConfig | None
+
+
+# Where the language model lies in the parameters of a stage, if not at the top.
+SUBTREES = {"ppo": "policy"}
 
 
 def load(
@@ -66,7 +77,8 @@ def load(
 
     mesh: spreads the parameters by the table of logical axes; None: the first local device.
     dtype: of the parameters, `as_is` keeps that of the files. tokenizer: a file, or `official`,
-    instead of the one that belongs to the model. subtree: `policy` for a checkpoint of PPO.
+    instead of the one that belongs to the model. subtree: the model of this name in a checkpoint of
+    PPO, its policy where left out.
 
     Raises:
       ValueError: no model there, or one that does not fit this code; the text says what and why.
@@ -75,8 +87,7 @@ def load(
     if is_ours(path):
         found = open_checkpoint(path, tokenizer)
         cfg = _with_dtype(found.cfg, dtype)
-        abstract = _abstract(cfg, mesh)
-        params = restore.restore_params(found.step_dir, abstract, subtree=subtree)
+        params = restore_model(found, _abstract(cfg, mesh), subtree)
         chat = found.chat or _released_for_chat(found.context)
         return Loaded(params, runnable(cfg), found.tokenizer, found.context, chat)
     if not _is_foreign(path):
@@ -124,7 +135,37 @@ def open_checkpoint(path: str | os.PathLike[str], tokenizer: str = "") -> Checkp
         context = Context(**source["context"])
     else:
         context = Context(config["data"]["seq_len"], config["data"]["seq_len"])
-    return Checkpoint(step_dir, meta, cfg, found, context, config["stage"] in CHAT_STAGES)
+    stage = config["stage"]
+    lora = None
+    if "lora" in config and config["lora"] is not None:
+        lora = LoraConfig(**config["lora"] | {"targets": tuple(config["lora"]["targets"])})
+    return Checkpoint(step_dir, meta, cfg, found, context, stage in CHAT_STAGES, stage, lora)
+
+
+def restore_model(found: Checkpoint, abstract: Any, subtree: str = "") -> Any:
+    """The language model of a checkpoint into the shapes and shardings of `abstract`.
+
+    Adapters are merged into their base. subtree: see `load`.
+
+    Raises:
+      ValueError: a reward model, or leaf by leaf what does not fit.
+    """
+    if found.stage == "reward":
+        raise ValueError(
+            f"{found.step_dir} holds a reward model, which cannot write; "
+            "`python -m qwen_jax.score` reads it"
+        )
+    if found.stage in SUBTREES:
+        subtree = subtree or SUBTREES[found.stage]
+    if found.lora is None or subtree not in ("", SUBTREES["ppo"]):
+        return restore.restore_params(found.step_dir, abstract, subtree=subtree)
+    prefix = subtree + "." if subtree else ""
+    base = restore.restore_params(found.step_dir, abstract, subtree=prefix + BASE)
+    boxed = jax.eval_shape(
+        lambda key: init_adapters(_boxed(found.cfg), found.lora, key), jax.random.key(0)
+    )
+    adapters = restore.restore_params(found.step_dir, nn.unbox(boxed), subtree=prefix + ADAPTERS)
+    return jax.jit(merge, static_argnames="cfg", donate_argnums=0)(base, adapters, cfg=found.lora)
 
 
 def leaf_reader(found: Checkpoint, subtree: str = "") -> convert.ReadLeaf:
@@ -192,11 +233,16 @@ def _with_dtype(cfg: ModelConfig, dtype: str) -> ModelConfig:
     return cfg if dtype == convert.AS_IS else dataclasses.replace(cfg, param_dtype=dtype)
 
 
-def _abstract(cfg: ModelConfig, mesh: jax.sharding.Mesh | None) -> Any:
-    """Shapes of the parameters as the config stores them, with their places on the mesh."""
+def _boxed(cfg: ModelConfig) -> Any:
+    """Shapes of the parameters as the config stores them, boxed with their logical axes."""
     model = Transformer(dataclasses.replace(cfg, attention="reference"))
     tokens = jnp.zeros((1, 2), jnp.int32)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
+    return jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
+
+
+def _abstract(cfg: ModelConfig, mesh: jax.sharding.Mesh | None) -> Any:
+    """Shapes of the parameters as the config stores them, with their places on the mesh."""
+    boxed = _boxed(cfg)
     if mesh is None:
         return nn.unbox(boxed)
     return jax.tree.map(

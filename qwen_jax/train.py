@@ -22,17 +22,15 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from qwen_jax import distributed, inputs, metrics, sharding
+from qwen_jax import assembly, distributed, inputs, metrics, sharding
 from qwen_jax.config import Config
-from qwen_jax.data.batch import SEGMENTED_FIELDS, STREAM_FIELDS, DeviceBatches
 from qwen_jax.data.pipelines import VirtualShardBatches, format_mixture
 from qwen_jax.model.attention import choose_backend
-from qwen_jax.stages import pretrain
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.trainer import loop
-from qwen_jax.trainer.checkpoint import Checkpoints, NoUsableCheckpoint, restore_params
-from qwen_jax.trainer.stage import Stage
-from qwen_jax.trainer.state import TrainState, abstract_state, create_state
+from qwen_jax.trainer.checkpoint import Checkpoints, NoUsableCheckpoint
+from qwen_jax.trainer.stage import Stage, StageError
+from qwen_jax.trainer.state import TrainState, abstract_state, create_state, trained_part
 
 EXIT_CONFIG = 2
 META_FORMAT = 1
@@ -83,9 +81,7 @@ def prepare(cfg: Config, workdir_name: str, found: str = "single process") -> Jo
     _check_mesh(cfg, mesh)
     workdir = inputs.open_workdir(workdir_name)
     tokenizer = inputs.load_tokenizer(cfg, workdir, log)
-    heldout = inputs.load_heldout(cfg, tokenizer, log)
-    rows = inputs.training_rows(cfg, mesh, tokenizer)
-    stage = _pretraining(cfg, mesh, tokenizer, rows, heldout)
+    assembled = assembly.assemble(cfg, mesh, tokenizer, log)
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         keep_latest=cfg.checkpoint.keep_latest,
@@ -98,10 +94,10 @@ def prepare(cfg: Config, workdir_name: str, found: str = "single process") -> Jo
     preemption = distributed.Preemption(log)
     preemption.install()
     meta = _metadata(cfg, tokenizer, mesh)
-    state = _starting_state(cfg, stage, mesh, checkpoints, meta, log)
+    state = _starting_state(cfg, assembled, mesh, checkpoints, meta, log)
     _announce(cfg, mesh, workdir, state, log)
     context = loop.Run(cfg.train, cfg.checkpoint, mesh, workdir, checkpoints, preemption, meta, log)
-    return Job(cfg, stage, state, context, rows, heldout.gzip_bits_per_byte)
+    return Job(cfg, assembled.stage, state, context, assembled.rows, assembled.gzip_bits_per_byte)
 
 
 def train(job: Job) -> int:
@@ -114,7 +110,7 @@ def train(job: Job) -> int:
         return 0
     try:
         outcome = loop.run(job.stage, job.state, context)
-    except loop.NonFiniteError as error:
+    except (loop.NonFiniteError, StageError) as error:
         log(f"error: {error}")
         return 1
     finally:
@@ -227,24 +223,6 @@ def _check_mesh(cfg: Config, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def _pretraining(cfg: Config, mesh, tokenizer, rows, heldout: inputs.Heldout) -> Stage:
-    fields = STREAM_FIELDS if cfg.data.packing == "concat" else SEGMENTED_FIELDS
-    return pretrain.make_stage(
-        cfg.model,
-        cfg.optimizer,
-        DeviceBatches(rows, mesh, fields),
-        mesh,
-        tokenizer,
-        total_steps=cfg.train.steps,
-        batch_shape=(cfg.data.batch_size, cfg.data.seq_len),
-        heldout=heldout.sources,
-        rows_per_evaluation=cfg.data.batch_size // cfg.train.num_microbatches,
-        sample_prompts=cfg.train.sample_prompts,
-        sample_tokens=cfg.train.sample_tokens,
-        sample_key=jax.random.key(cfg.train.seed),
-    )
-
-
 def _metadata(cfg: Config, tokenizer: Tokenizer, mesh) -> dict[str, Any]:
     """What a checkpoint says about itself."""
     config = cfg.to_dict()
@@ -263,14 +241,16 @@ def _metadata(cfg: Config, tokenizer: Tokenizer, mesh) -> dict[str, Any]:
     }
 
 
-def _starting_state(cfg: Config, stage: Stage, mesh, checkpoints, meta, log) -> TrainState:
+def _starting_state(
+    cfg: Config, assembled: assembly.Assembled, mesh, checkpoints, meta, log
+) -> TrainState:
     """The state to train from, the first of these that applies.
 
-    1. The newest good checkpoint of this workdir. 2. Fresh state with the parameters of
-    `init_from`. 3. Fresh state.
+    1. The newest good checkpoint of this workdir. 2. Fresh state with the parameters of earlier
+    stages. 3. Fresh state.
     """
-    key = jax.random.key(cfg.train.seed)
-    abstract = abstract_state(stage.init, stage.tx, key, mesh)
+    stage, key = assembled.stage, jax.random.key(cfg.train.seed)
+    abstract = abstract_state(stage.init, stage.tx, key, mesh, stage.trained)
 
     def check_meta(saved: dict) -> None:
         if saved["tokenizer_sha256"] != meta["tokenizer_sha256"]:
@@ -284,11 +264,11 @@ def _starting_state(cfg: Config, stage: Stage, mesh, checkpoints, meta, log) -> 
         stage.batches.set_state(restored.data_state)
         log(f"resuming from step {restored.step}")
         return restored.state
-    state = create_state(stage.init, stage.tx, key, mesh)
-    if cfg.init_from:
-        log(f"parameters from {cfg.init_from}")
-        return state.replace(params=restore_params(cfg.init_from, abstract.params))
-    return state
+    state = create_state(stage.init, stage.tx, key, mesh, stage.trained)
+    if assembled.start is None:
+        return state
+    with sharding.use_mesh(mesh):
+        return state.replace(params=assembled.start(abstract.params, state.params))
 
 
 def _announce(cfg: Config, mesh, workdir: Path, state: TrainState, log: Callable) -> None:
@@ -322,10 +302,9 @@ def _dry_run(cfg: Config, num_devices: int) -> int:
     mesh = sharding.make_mesh(cfg.mesh)
     _check_mesh(cfg, mesh)
     # Shapes do not depend on the back end, and the one of the real hardware may not run here.
-    model = dataclasses.replace(cfg.model, attention="reference")
-    schedule = pretrain.make_schedule(cfg.optimizer, cfg.train.steps)
-    tx = pretrain.make_optimizer(cfg.optimizer, schedule)
-    state = abstract_state(pretrain.init_fn(model), tx, jax.random.key(0), mesh)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="reference"))
+    init, tx, trained = assembly.skeleton(cfg)
+    state = abstract_state(init, tx, jax.random.key(0), mesh, trained)
     print(f"{'parameter':<44}{'shape':<24}{'per device':<24}dtype")
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -339,7 +318,8 @@ def _dry_run(cfg: Config, num_devices: int) -> int:
         f"{cfg.data.batch_size * cfg.data.seq_len:,}, {cfg.train.num_microbatches} microbatches "
         f"of {rows} rows"
     )
-    sizes = {"parameters": state.params, "optimizer": state.opt_state, "gradients": state.params}
+    gradients = trained_part(state.params, trained)
+    sizes = {"parameters": state.params, "optimizer": state.opt_state, "gradients": gradients}
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     print(f"memory per device, mesh {axes}:")
     for name, tree in sizes.items():

@@ -13,27 +13,33 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 # Who may import whom. A part may always import itself.
-ABOVE_THE_MODEL = {"config", "sharding", "losses", "metrics", "distributed", "text", "model"}
+CONFIG = {"config", "config_alignment", "config_values"}
+ABOVE_THE_MODEL = CONFIG | {"sharding", "losses", "metrics", "distributed", "text", "model"}
 EVERYTHING = {*ABOVE_THE_MODEL, "data", "generate", "hf", "trainer", "stages", "evals"}
-EVERYTHING |= {"inputs", "loading"}
+EVERYTHING |= {"inputs", "loading", "assembly"}
 ALLOWED = {
-    "config": set(),
-    "sharding": {"config"},
-    "losses": {"config", "sharding"},
-    "metrics": {"config"},
-    "distributed": {"config"},
-    "text": {"config"},
-    "model": {"config", "sharding"},
-    "data": {"config", "sharding", "text"},
+    "config_values": set(),
+    "config_alignment": {"config_values"},
+    "config": {"config_alignment", "config_values"},
+    "sharding": CONFIG,
+    "losses": CONFIG | {"sharding"},
+    "metrics": CONFIG,
+    "distributed": CONFIG,
+    "text": CONFIG,
+    "model": CONFIG | {"sharding"},
+    "data": CONFIG | {"sharding", "text"},
     # Token ids only: no text.
     "generate": ABOVE_THE_MODEL - {"text"},
     "hf": ABOVE_THE_MODEL,
     # Does not know what a token is.
-    "trainer": {"config", "sharding", "metrics", "distributed"},
+    "trainer": CONFIG | {"sharding", "metrics", "distributed"},
     "evals": ABOVE_THE_MODEL | {"data", "generate", "trainer"},
     "stages": ABOVE_THE_MODEL | {"data", "generate", "trainer", "evals"},
     # What the commands share.
-    "inputs": {"config", "data", "text"},
+    "inputs": CONFIG | {"sharding", "data", "text", "loading", "hf", "trainer", "model"},
+    "assembly": ABOVE_THE_MODEL
+    | {"data", "generate", "trainer", "stages", "evals", "inputs"}
+    | {"hf", "loading"},
     "loading": ABOVE_THE_MODEL | {"hf", "trainer"},
     "api": ABOVE_THE_MODEL | {"generate", "hf", "loading"},
     "generate/__main__": EVERYTHING | {"api", "commandline", "train"},

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax.data.documents import Document, RecordCounter, RecordEncoder, decode_record
+from qwen_jax.data.documents import (
+    Document,
+    RecordCounter,
+    RecordEncoder,
+    TextEncoder,
+    decode_record,
+)
 from qwen_jax.data.packing import ConcatRows, FirstFitRows
 from qwen_jax.data.records import BadRecord
 
@@ -278,7 +284,7 @@ def test_encoder_keeps_the_source_and_never_raises():
         def encode_to_numpy(self, text):
             return np.array([ord(c) for c in text], np.int32)
 
-    encode = RecordEncoder(Letters(), 3, 10)
+    encode = RecordEncoder(TextEncoder(Letters()), 3, 10)
     good, bad = encode(b"ab"), encode(b"\xff")
     assert good.source == bad.source == 3
     assert good.tokens.tolist() == [97, 98] and good.bad is None

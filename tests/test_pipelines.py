@@ -10,11 +10,12 @@ import unicodedata
 import numpy as np
 import pytest
 
-from qwen_jax.data import heldout, pipelines, shards
-from qwen_jax.data.documents import RecordCounter
+from qwen_jax.data import heldout, shards
+from qwen_jax.data.documents import RecordCounter, TextEncoder
+from qwen_jax.data.formats import TextFormat
 from qwen_jax.data.pipelines import VirtualShardBatches, format_mixture, merge_states
 from qwen_jax.data.records import BadRecord
-from qwen_jax.data.shards import pretraining_rows, shard_documents
+from qwen_jax.data.shards import row_streams, shard_documents
 from qwen_jax.data.sources import Source, open_sources
 from qwen_jax.text.tokenizer import Tokenizer, byte_ranks
 
@@ -49,7 +50,10 @@ def batches(tokenizer, sources=SOURCES, **changes):
         "seed": 5,
         "num_virtual_shards": 8,
     }
-    return VirtualShardBatches(sources, tokenizer, **{**arguments, **changes})
+    arguments |= changes
+    names = ("seq_len", "packing", "mask_documents", "num_bins")
+    layout = {name: arguments.pop(name) for name in names if name in arguments}
+    return VirtualShardBatches(sources, TextFormat(tokenizer, **layout), **arguments)
 
 
 def take(source, count):
@@ -88,11 +92,9 @@ def close_all(processes):
 
 
 def test_rows_of_a_batch_come_from_fixed_shards(tokenizer):
-    streams = pretraining_rows(
+    streams = row_streams(
         SOURCES,
-        tokenizer,
-        seq_len=12,
-        packing="concat",
+        TextFormat(tokenizer, seq_len=12, packing="concat"),
         seed=5,
         num_virtual_shards=8,
         shard_indices=range(8),
@@ -265,7 +267,7 @@ def test_impossible_settings_are_refused(tokenizer, changes, words):
 
 def documents_of(sources, tokenizer, count, shards_of=(0, 1), **changes):
     arguments = {"seed": 5, "num_virtual_shards": shards_of[1], "repeat": True, **changes}
-    stream = shard_documents(sources, tokenizer, shard_index=shards_of[0], **arguments)
+    stream = shard_documents(sources, TextEncoder(tokenizer), shard_index=shards_of[0], **arguments)
     return list(itertools.islice(stream, count))
 
 
@@ -408,10 +410,14 @@ def test_a_real_corpus_goes_through_with_every_kind(tokenizer, tmp_path):
         np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
 
 
+def text_rows(tokenizer, seq_len):
+    return TextFormat(tokenizer, seq_len, packing="concat")
+
+
 def test_heldout_rows_by_hand(tokenizer):
     # "e" + combining acute is 3 bytes as written, 2 bytes in NFC, which is what is scored.
     source = Source("h", "list", 1.0, ["ab", b"\xff", "e\u0301", "", "xyz"])
-    result = heldout.heldout_rows(source, tokenizer, 4)
+    result = heldout.heldout_rows(source, text_rows(tokenizer, 4))
     end = tokenizer.end_of_text
     a, b, e1, e2, x, y, z = tokenizer.encode("abéxyz")
     assert result.rows["tokens"].tolist() == [[end, a, b, end], [e1, e2, end, x], [y, z, end, end]]
@@ -422,16 +428,16 @@ def test_heldout_rows_by_hand(tokenizer):
     assert (result.num_documents, result.num_targets) == (3, 7 + 3)
     assert result.skipped == {"invalid_utf8": 1, "empty": 1}
     assert set(result.rows) == NAMES
-    first = heldout.heldout_rows(source, tokenizer, 4, max_documents=1)
+    first = heldout.heldout_rows(source, text_rows(tokenizer, 4), max_documents=1)
     assert (first.num_documents, first.num_bytes, first.num_targets) == (1, 2, 3)
     tokens = Source("t", "list", 1.0, [np.array(tokenizer.encode("abé"), np.int32)])
-    assert heldout.heldout_rows(tokens, tokenizer, 4).num_bytes == 4
+    assert heldout.heldout_rows(tokens, text_rows(tokenizer, 4)).num_bytes == 4
 
 
 def test_heldout_rows_repeat_exactly_and_score_every_byte(tokenizer):
     (source,) = open_sources("stdlib:heldout")
-    result = heldout.heldout_rows(source, tokenizer, 128, max_documents=5)
-    again = heldout.heldout_rows(source, tokenizer, 128, max_documents=5)
+    result = heldout.heldout_rows(source, text_rows(tokenizer, 128), max_documents=5)
+    again = heldout.heldout_rows(source, text_rows(tokenizer, 128), max_documents=5)
     assert same([result.rows], [again.rows])
     targets = result.rows["targets"][result.rows["loss_mask"] == 1]
     text = tokenizer.decode_bytes(targets[targets != tokenizer.end_of_text])
@@ -453,13 +459,9 @@ def test_gzip_bits_per_byte_is_that_of_gzip():
 def test_heldout_without_documents_is_refused(tokenizer):
     source = Source("h", "list", 1.0, ["", b"\xff"])
     with pytest.raises(ValueError, match="'h' has no usable document"):
-        heldout.heldout_rows(source, tokenizer, 4)
+        heldout.heldout_rows(source, text_rows(tokenizer, 4))
     with pytest.raises(ValueError, match="'h' has no usable document"):
         heldout.gzip_bits_per_byte(source)
     tokens = Source("t", "list", 1.0, [np.arange(3, dtype=np.int32)])
     with pytest.raises(ValueError, match="gzip needs the text"):
         heldout.gzip_bits_per_byte(tokens)
-
-
-def test_pipelines_offers_the_streams_it_is_built_of():
-    assert pipelines.pretraining_rows is pretraining_rows

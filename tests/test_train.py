@@ -287,9 +287,9 @@ class TestNonFinite:
 
         good = pretrain.loss_fn
 
-        def poisoned(cfg):
+        def poisoned(*settings):
             def loss(params, batch, key):
-                (total, weight), metrics = good(cfg)(params, batch, key)
+                (total, weight), metrics = good(*settings)(params, batch, key)
                 return (total * np.float32("nan"), weight), metrics
 
             return loss

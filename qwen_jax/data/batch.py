@@ -21,7 +21,7 @@ SEGMENTED_FIELDS = (*STREAM_FIELDS, "positions", "segment_ids")
 
 
 class DeviceBatches:
-    """The `BatchSource` of pretraining: virtual-shard rows as global arrays."""
+    """The `BatchSource` of all stages whose data do not depend on the parameters."""
 
     def __init__(self, rows: VirtualShardBatches, mesh: jax.sharding.Mesh, fields: tuple[str, ...]):
         self.rows, self._fields = rows, fields
@@ -43,6 +43,14 @@ class DeviceBatches:
     def set_state(self, state: dict) -> None:
         """Continues from the merged state of all processes."""
         self.rows.set_state(state)
+
+    def resumable(self) -> bool:
+        """Always: the position says it all."""
+        return True
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing besides the metrics of the step."""
+        return {}
 
     def close(self) -> None:
         """Stops the prefetching."""

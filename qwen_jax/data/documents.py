@@ -8,6 +8,7 @@ documents asks `RecordCounter.accept` and drops what it refuses. No JAX and no G
 import collections
 import logging
 import threading
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,11 +23,15 @@ MIN_RECORDS_FOR_VERDICT = 1000
 
 
 class Document(NamedTuple):
-    """One record after encoding: the number of its source, then either ids or what is wrong."""
+    """One record after encoding: the number of its source, then either ids or what is wrong.
+
+    tokens: all ids of the record. parts: what else a row is made of, by name; None for plain text.
+    """
 
     source: int
     tokens: np.ndarray | None
     bad: BadRecord | None
+    parts: Mapping[str, Any] | None = None
 
 
 def decode_record(raw: Any, max_document_bytes: int) -> str | np.ndarray | BadRecord:
@@ -55,21 +60,48 @@ def decode_record(raw: Any, max_document_bytes: int) -> str | np.ndarray | BadRe
     return raw
 
 
-class RecordEncoder:
-    """Callable raw record -> Document; used as the map of a pipeline."""
+class Encoded(NamedTuple):
+    """What an encoder makes of a good record; see `Document`."""
 
-    def __init__(self, tokenizer: Any, source: int, max_document_bytes: int):
-        self._tokenizer, self._source = tokenizer, source
+    tokens: np.ndarray
+    parts: Mapping[str, Any] | None = None
+
+
+class TextEncoder:
+    """Plain text, or ids that are there already, to ids."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+
+    def __call__(self, content: str | np.ndarray) -> Encoded:
+        """The ids of one document."""
+        is_text = isinstance(content, str)
+        return Encoded(self._tokenizer.encode_to_numpy(content) if is_text else content)
+
+
+class RecordEncoder:
+    """Callable raw record -> Document; used as the map of a pipeline.
+
+    encode: good content -> `Encoded`, or a BadRecord that says why it is no use after all.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[str | np.ndarray], Encoded | BadRecord],
+        source: int,
+        max_document_bytes: int,
+    ):
+        self._encode, self._source = encode, source
         self._max_document_bytes = max_document_bytes
 
     def __call__(self, raw: Any) -> Document:
         """Encode one record; a bad one gives a Document without tokens."""
         content = decode_record(raw, self._max_document_bytes)
+        if not isinstance(content, BadRecord):
+            content = self._encode(content)
         if isinstance(content, BadRecord):
             return Document(self._source, None, content)
-        if isinstance(content, str):
-            content = self._tokenizer.encode_to_numpy(content)
-        return Document(self._source, content, None)
+        return Document(self._source, content.tokens, None, content.parts)
 
 
 class RecordCounter:

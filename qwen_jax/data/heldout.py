@@ -1,9 +1,10 @@
-"""Held-out text as rows, with the number of bytes scored, for bits per byte.
+"""Held-out data as rows; of text also the number of bytes scored, for bits per byte.
 
     bits per byte = (sum of the losses in nats over all targets) / ln 2 / num_bytes
 
-Rows are packed as in training (`ConcatRows`): context may cross documents, and each separator is a
-target too. Bytes count the text only, so the loss on separators counts against the model.
+Rows of text are packed as the report does (`ConcatRows`): context may cross documents, and each
+separator is a target too. Bytes count the text only, so the loss on separators counts against the
+model. Conversations, pairs and prompts are the rows of their format, and no bytes are counted.
 """
 
 import unicodedata
@@ -18,7 +19,7 @@ from qwen_jax.data.documents import (
     RecordCounter,
     decode_record,
 )
-from qwen_jax.data.packing import ConcatRows
+from qwen_jax.data.formats import RowFormat, TextFormat
 from qwen_jax.data.records import BadRecord
 from qwen_jax.data.sources import Source
 
@@ -28,8 +29,9 @@ class HeldoutRows(NamedTuple):
 
     Attributes:
       rows: int32 arrays [rows, L] under the names of a training batch; the last row is padded.
-      num_bytes: UTF-8 bytes of the NFC text, separators not counted.
-      num_targets: trained positions: all tokens plus one separator per document.
+      num_bytes: UTF-8 bytes of the NFC text, separators not counted; 0 unless the rows are text.
+      num_targets: trained positions; of text all tokens plus one separator per document, 0 for rows
+        without a loss mask.
       num_documents: documents scored.
       skipped: bad records left out, by reason.
     """
@@ -44,8 +46,8 @@ class HeldoutRows(NamedTuple):
 class _InOrder:
     """The first good documents of a source in their own order, counting bytes as it goes."""
 
-    def __init__(self, source: Source, tokenizer: Any, max_documents: int | None):
-        self._records, self._tokenizer = source.records, tokenizer
+    def __init__(self, source: Source, row_format: RowFormat, max_documents: int | None):
+        self._records, self._format = source.records, row_format
         self._max_documents = max_documents
         self._next = 0
         self.num_documents = self.num_bytes = 0
@@ -61,15 +63,15 @@ class _InOrder:
             raise StopIteration
         content = decode_record(self._records[self._next], MAX_DOCUMENT_BYTES)
         self._next += 1
-        if isinstance(content, BadRecord):
-            return Document(0, None, content)
+        encoded = content if isinstance(content, BadRecord) else self._format.encode(content)
+        if isinstance(encoded, BadRecord):
+            return Document(0, None, encoded)
         self.num_documents += 1
-        if isinstance(content, str):
-            self.num_bytes += len(_nfc_bytes(content))
-            content = self._tokenizer.encode_to_numpy(content)
-        else:
-            self.num_bytes += len(self._tokenizer.decode_bytes(content))
-        return Document(0, content, None)
+        if isinstance(self._format, TextFormat):
+            is_text = isinstance(content, str)
+            data = _nfc_bytes(content) if is_text else self._format.tokenizer.decode_bytes(content)
+            self.num_bytes += len(data)
+        return Document(0, encoded.tokens, None, encoded.parts)
 
 
 def _nfc_bytes(text: str) -> bytes:
@@ -78,24 +80,21 @@ def _nfc_bytes(text: str) -> bytes:
 
 
 def heldout_rows(
-    source: Source, tokenizer: Any, seq_len: int, max_documents: int | None = None
+    source: Source, row_format: RowFormat, max_documents: int | None = None
 ) -> HeldoutRows:
-    """Pack a source once, in order; every token is a target exactly once.
+    """The rows of a source, once and in order; of text every token is a target exactly once.
 
     Args:
       source: one opened source, e.g. of `stdlib:heldout`.
-      tokenizer: needs `encode_to_numpy`, `end_of_text`; `decode_bytes` for token records.
+      row_format: how records become rows; text is packed with `concat`.
       max_documents: stop after so many good documents.
 
     Raises:
       ValueError: no usable document.
     """
-    documents = _InOrder(source, tokenizer, max_documents)
+    documents = _InOrder(source, row_format, max_documents)
     counter = RecordCounter([source.name])
-    packer = ConcatRows(
-        documents, end_of_text=tokenizer.end_of_text, seq_len=seq_len, counter=counter
-    )
-    rows = list(packer)
+    rows = list(row_format.rows(documents, counter))
     skipped = counter.stats()[source.name]["skipped"]
     if not rows:
         raise ValueError(f"held-out source {source.name!r} has no usable document ({skipped})")
@@ -103,7 +102,7 @@ def heldout_rows(
     return HeldoutRows(
         rows=stacked,
         num_bytes=documents.num_bytes,
-        num_targets=int(stacked["loss_mask"].sum()),
+        num_targets=int(stacked["loss_mask"].sum()) if "loss_mask" in stacked else 0,
         num_documents=documents.num_documents,
         skipped=skipped,
     )

@@ -1,4 +1,4 @@
-"""Documents to rows of a fixed length: `concat` (report section 2.4) and `first_fit`.
+"""Documents to rows of a fixed length: `concat` (report section 2.4), `first_fit`, one for one.
 
 A packer reads documents from a parent iterator (`next`, `get_state`, `set_state`: a Grain iterator
 fits) and yields rows: dicts of int32 arrays of length L with `tokens`, `targets`, `positions`,
@@ -12,7 +12,8 @@ Dropping changes no position: the parent counts every record. No JAX and no Grai
 
 import collections
 import functools
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -32,6 +33,14 @@ class DocumentIterator(Protocol):
         """Go to a saved place."""
 
 
+class _Chunks(NamedTuple):
+    """A document or a piece of one: inputs, their targets, and 1 where a target is trained."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    loss_mask: np.ndarray
+
+
 class _Units:
     """Reads the good documents of a parent, each with the parent's state just before it."""
 
@@ -39,14 +48,27 @@ class _Units:
         self.parent, self._counter = parent, counter
         self._separator = np.array([end_of_text], np.int32)
 
-    def next(self, num_separators: int) -> tuple[dict[str, Any], np.ndarray]:
-        """The next document behind a separator; with 2, a separator at its end as well."""
+    def next_document(self) -> tuple[dict[str, Any], Document]:
+        """The next good document."""
         while True:
             before = self.parent.get_state()
             document = next(self.parent)
             if self._counter.accept(document):
-                tail = [self._separator] * (num_separators - 1)
-                return before, np.concatenate([self._separator, document.tokens, *tail])
+                return before, document
+
+    def next(self) -> tuple[dict[str, Any], np.ndarray]:
+        """The next document behind a separator."""
+        before, document = self.next_document()
+        return before, np.concatenate([self._separator, document.tokens])
+
+    def next_chunked(self) -> "tuple[dict[str, Any], _Chunks]":
+        """The next document as inputs and targets: between separators, or as it is masked."""
+        before, document = self.next_document()
+        if document.parts is not None:
+            tokens, mask = document.tokens, document.parts["loss_mask"]
+            return before, _Chunks(tokens[:-1], tokens[1:], mask[1:])
+        unit = np.concatenate([self._separator, document.tokens, self._separator])
+        return before, _Chunks(unit[:-1], unit[1:], np.ones(len(unit) - 1, np.int32))
 
     def end(self) -> tuple[dict[str, Any], np.ndarray]:
         """The separator that closes a finite stream."""
@@ -66,12 +88,12 @@ def _whole_row(seq_len: int) -> dict[str, np.ndarray]:
     return row
 
 
-def _render(
-    pieces: list[tuple[np.ndarray, np.ndarray]], seq_len: int, pad_id: int
-) -> dict[str, np.ndarray]:
-    """One row from (inputs, targets) pieces: a segment each, numbered from 1, positions from 0."""
-    if len(pieces) == 1 and len(pieces[0][0]) == seq_len:
-        return {"tokens": pieces[0][0], "targets": pieces[0][1], **_whole_row(seq_len)}
+def _render(pieces: list[_Chunks], seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
+    """One row from its pieces: a segment each, numbered from 1, positions from 0."""
+    if len(pieces) == 1 and len(pieces[0].inputs) == seq_len:
+        inputs, targets, loss_mask = pieces[0]
+        whole = {"tokens": inputs, "targets": targets, **_whole_row(seq_len)}
+        return whole if loss_mask.all() else whole | {"loss_mask": loss_mask}
     row = {
         "tokens": np.full(seq_len, pad_id, np.int32),
         "targets": np.full(seq_len, pad_id, np.int32),
@@ -80,14 +102,14 @@ def _render(
         "loss_mask": np.zeros(seq_len, np.int32),
     }
     start = 0
-    for segment, (inputs, targets) in enumerate(pieces, start=1):
+    for segment, (inputs, targets, loss_mask) in enumerate(pieces, start=1):
         end = start + len(inputs)
         row["tokens"][start:end] = inputs
         row["targets"][start:end] = targets
+        row["loss_mask"][start:end] = loss_mask
         row["positions"][start:end] = _whole_row(seq_len)["positions"][: end - start]
         row["segment_ids"][start:end] = segment
         start = end
-    row["loss_mask"][:start] = 1
     return row
 
 
@@ -153,14 +175,15 @@ class ConcatRows:
         pieces, start = [], 0
         for length in lengths if self._mask_documents else [used]:
             end = start + length
-            pieces.append((window[start:end], window[start + 1 : end + 1]))
+            trained = _whole_row(self._seq_len)["loss_mask"][:length]
+            pieces.append(_Chunks(window[start:end], window[start + 1 : end + 1], trained))
             start = end
         return _render(pieces, self._seq_len, self._end_of_text)
 
     def _read_unit(self) -> None:
         """Put the next document into the buffer, or the last separator."""
         try:
-            unit = self._units.next(num_separators=1)
+            unit = self._units.next()
         except StopIteration:
             unit, self._ended = self._units.end(), True
         if not self._buffer and self._skip >= len(unit[1]):
@@ -202,6 +225,9 @@ class FirstFitRows:
 
         tokens  E a b E    segment_ids  1 1 1 0    (the second document needs 2 places: next row)
         targets a b E E    loss_mask    1 1 1 0
+
+    A document that brings its own loss mask (a conversation) has its layout already: no separators,
+    inputs are all tokens but the last, targets all but the first.
     """
 
     def __init__(
@@ -215,10 +241,10 @@ class FirstFitRows:
     ):
         self._units = _Units(parent, end_of_text, counter)
         self._end_of_text, self._seq_len, self._num_bins = end_of_text, seq_len, num_bins
-        self._current: tuple[dict[str, Any], np.ndarray] | None = None
+        self._current: tuple[dict[str, Any], _Chunks] | None = None
         self._chunk = 0
         self._group = {"parent": parent.get_state(), "chunk": 0}
-        self._rows: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        self._rows: list[list[_Chunks]] = []
         self._row = 0
 
     def get_state(self) -> dict[str, Any]:
@@ -249,12 +275,12 @@ class FirstFitRows:
             self._rows, self._row = [], 0
         return row
 
-    def _pack_group(self) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    def _pack_group(self) -> list[list[_Chunks]]:
         """Fill the open rows until a chunk fits nowhere or the documents end."""
-        rows: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(self._num_bins)]
+        rows: list[list[_Chunks]] = [[] for _ in range(self._num_bins)]
         room = [self._seq_len] * self._num_bins
         while (chunk := self._peek_chunk()) is not None:
-            length = len(chunk[0])
+            length = len(chunk.inputs)
             fits = next((i for i, free in enumerate(room) if free >= length), None)
             if fits is None:
                 break
@@ -263,16 +289,45 @@ class FirstFitRows:
             self._chunk += 1
         return [row for row in rows if row]
 
-    def _peek_chunk(self) -> tuple[np.ndarray, np.ndarray] | None:
+    def _peek_chunk(self) -> _Chunks | None:
         """The chunk at the current place, not yet taken; None at the end."""
         while True:
             if self._current is None:
                 try:
-                    self._current = self._units.next(num_separators=2)
+                    self._current = self._units.next_chunked()
                 except StopIteration:
                     return None
-            unit, start = self._current[1], self._chunk * self._seq_len
-            if start < len(unit) - 1:
-                end = min(start + self._seq_len, len(unit) - 1)
-                return unit[start:end], unit[start + 1 : end + 1]
+            document, start = self._current[1], self._chunk * self._seq_len
+            if start < len(document.inputs):
+                return _Chunks(*(part[start : start + self._seq_len] for part in document))
             self._current, self._chunk = None, 0
+
+
+class SingleRows:
+    """One row for each document, made by `render`; the state is the place in the documents."""
+
+    def __init__(
+        self,
+        parent: DocumentIterator,
+        *,
+        counter: RecordCounter,
+        render: Callable[[Document], dict[str, np.ndarray]],
+    ):
+        self._parent, self._counter, self._render_one = parent, counter, render
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the next row's document stands."""
+        return {"parent": self._parent.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a saved place."""
+        self._parent.set_state(state["parent"])
+
+    def __iter__(self) -> "SingleRows":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        while True:
+            document = next(self._parent)
+            if self._counter.accept(document):
+                return self._render_one(document)

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.data.documents import MAX_DOCUMENT_BYTES, RecordCounter
-from qwen_jax.data.packing import ConcatRows, FirstFitRows
-from qwen_jax.data.shards import pretraining_rows
+from qwen_jax.data.formats import RowFormat, RowStream
+from qwen_jax.data.shards import row_streams
 from qwen_jax.data.sources import Source
 
 _STATE_FORMAT = 1
@@ -29,9 +29,10 @@ _STATE_FORMAT = 1
 class VirtualShardBatches:
     """Endless batches of one process: its rows of every global batch, with exact state.
 
-    `next()` gives a dict of int32 arrays [B / P, L]: rows [p B/P, (p+1) B/P) of the global batch,
-    for process p of P. A background thread packs up to `prefetch_batches` ahead; `get_state` is
-    about the batches handed out, not about those prepared. Close it, or use it in a `with`.
+    `next()` gives the rows of the format stacked, [B / P, ...]: rows [p B/P, (p+1) B/P) of the
+    global batch, for process p of P. A background thread packs up to `prefetch_batches` ahead;
+    `get_state` is about the batches handed out, not about those prepared. Close it, or use it in a
+    `with`.
 
     Args:
       batch_size: B, rows of the global batch; a multiple of num_virtual_shards.
@@ -44,13 +45,9 @@ class VirtualShardBatches:
     def __init__(
         self,
         sources: Sequence[Source],
-        tokenizer: Any,
+        row_format: RowFormat,
         *,
         batch_size: int,
-        seq_len: int,
-        packing: str,
-        mask_documents: bool = False,
-        num_bins: int = 32,
         seed: int,
         num_virtual_shards: int,
         process_index: int = 0,
@@ -69,13 +66,9 @@ class VirtualShardBatches:
             max_bad_fraction=max_bad_fraction,
         )
         owned = num_virtual_shards // process_count
-        self._streams = pretraining_rows(
+        self._streams = row_streams(
             sources,
-            tokenizer,
-            seq_len=seq_len,
-            packing=packing,
-            mask_documents=mask_documents,
-            num_bins=num_bins,
+            row_format,
             seed=seed,
             num_virtual_shards=num_virtual_shards,
             shard_indices=range(process_index * owned, (process_index + 1) * owned),
@@ -88,11 +81,7 @@ class VirtualShardBatches:
             "format": _STATE_FORMAT,
             "num_virtual_shards": num_virtual_shards,
             "seed": seed,
-            "seq_len": seq_len,
-            "packing": packing,
-            "mask_documents": mask_documents,
-            "num_bins": num_bins if packing == "first_fit" else None,
-            "tokenizer_sha256": tokenizer.sha256,
+            **row_format.identity(),
             "sources": [
                 {"name": s.name, "kind": s.kind, "weight": s.weight, "records": len(s.records)}
                 for s in sources
@@ -127,9 +116,7 @@ class VirtualShardBatches:
         states = {str(v): state for v, (_, state) in zip(self._streams, shards)}
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}, states
 
-    def _read_shard(
-        self, stream: ConcatRows | FirstFitRows
-    ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
+    def _read_shard(self, stream: RowStream) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
         """One shard's rows of a batch and its state after them."""
         rows = [next(stream) for _ in range(self._rows_per_shard)]
         return rows, stream.get_state()

@@ -69,9 +69,12 @@ def _line_spans(path: str) -> np.ndarray:
 
 
 class JsonlRecords:
-    """Lines of JSONL files by number, through an index of byte spans (16 bytes a line)."""
+    """Lines of JSONL files by number, through an index of byte spans (16 bytes a line).
 
-    def __init__(self, paths: Sequence[str], field: str):
+    field: gives the text of that field; None gives the whole line, for records that are more.
+    """
+
+    def __init__(self, paths: Sequence[str], field: str | None):
         self._paths, self._field = tuple(paths), field
         spans = [_line_spans(path) for path in self._paths]
         self._spans = np.concatenate(spans)
@@ -80,11 +83,13 @@ class JsonlRecords:
     def __len__(self) -> int:
         return len(self._spans)
 
-    def __getitem__(self, index: int) -> str | BadRecord:
+    def __getitem__(self, index: int) -> str | bytes | BadRecord:
         start, end = self._spans[index].tolist()
         path = self._paths[np.searchsorted(self._first_of_file, index, side="right") - 1]
         line = _read_at(path, start, end - start)
         where = f"{path} at byte {start}"
+        if self._field is None:
+            return line
         try:
             record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:

@@ -1,30 +1,29 @@
 """One virtual shard: shuffle, slice, mix, encode, pack, as a stream of rows.
 
-Shard v of V takes every V-th record of each shuffled source, mixes them by weight and packs rows of
-its own; `pipelines.py` makes batches of the streams. Report section 2.4. Grain imports JAX where it
-is installed; no device is touched here.
+Shard v of V takes every V-th record of each shuffled source, mixes them by weight and makes rows of
+its own in the stage's format (`formats.py`); `pipelines.py` makes batches of the streams. Report
+section 2.4. Grain imports JAX where it is installed; no device is touched here.
 """
 
 import functools
 import hashlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from qwen_jax.data.documents import MAX_DOCUMENT_BYTES, RecordCounter, RecordEncoder
-from qwen_jax.data.packing import ConcatRows, FirstFitRows
+from qwen_jax.data.formats import RowFormat, RowStream
 from qwen_jax.data.sources import Source
 
-PACKINGS = ("concat", "first_fit")
 _SMALL_SOURCE = 1 << 16
 
 
 def shard_documents(
     sources: Sequence[Source],
-    tokenizer: Any,
+    encode: Callable,
     *,
     seed: int,
     num_virtual_shards: int,
@@ -43,7 +42,7 @@ def shard_documents(
     for number, source in enumerate(sources):
         # A finite mixture ends when its first source ends, so each source repeats by itself.
         records = _shuffled(source, seed, repeat)[shard_index::num_virtual_shards]
-        parts.append(records.map(RecordEncoder(tokenizer, number, max_document_bytes)))
+        parts.append(records.map(RecordEncoder(encode, number, max_document_bytes)))
     mixed = parts[0]
     if len(parts) > 1:
         if not repeat:
@@ -91,55 +90,38 @@ def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(np.random.PCG64([seed, epoch]).random_raw(length), kind="stable")
 
 
-def pretraining_rows(
+def row_streams(
     sources: Sequence[Source],
-    tokenizer: Any,
+    row_format: RowFormat,
     *,
-    seq_len: int,
-    packing: str,
-    mask_documents: bool = False,
-    num_bins: int = 32,
     seed: int,
     num_virtual_shards: int,
     shard_indices: Iterable[int],
     counter: RecordCounter,
     repeat: bool = True,
     max_document_bytes: int = MAX_DOCUMENT_BYTES,
-) -> dict[int, ConcatRows | FirstFitRows]:
-    """The packed streams of some virtual shards, by shard number; nothing is read yet.
+) -> dict[int, RowStream]:
+    """The streams of rows of some virtual shards, by shard number; nothing is read yet.
 
     Args:
       sources: from `open_sources`.
-      tokenizer: needs `encode_to_numpy` and `end_of_text`.
-      packing: `concat` (the report) or `first_fit`; see `packing.py`.
-      mask_documents: of `concat`. First-fit rows always keep documents apart.
-      num_bins: open rows of `first_fit`.
+      row_format: how records become rows.
       counter: shared by all shards; also holds the policy for bad records.
       repeat: go through each source for ever; False needs a single source.
 
     Raises:
-      ValueError: unknown packing, mask_documents with first_fit, several sources without repeat.
+      ValueError: several sources without repeat.
     """
-    if packing not in PACKINGS:
-        raise ValueError(f"packing {packing!r} is unknown; choose one of {', '.join(PACKINGS)}")
-    if seq_len < 1 or num_bins < 1:
-        raise ValueError(f"seq_len {seq_len} and num_bins {num_bins} must be 1 or more")
-    if packing == "first_fit" and mask_documents:
-        raise ValueError("mask_documents belongs to packing concat; first_fit always masks")
-    streams: dict[int, ConcatRows | FirstFitRows] = {}
+    streams = {}
     for shard in shard_indices:
         documents = shard_documents(
             sources,
-            tokenizer,
+            row_format.encode,
             seed=seed,
             num_virtual_shards=num_virtual_shards,
             shard_index=shard,
             repeat=repeat,
             max_document_bytes=max_document_bytes,
         )
-        common = {"end_of_text": tokenizer.end_of_text, "seq_len": seq_len, "counter": counter}
-        if packing == "concat":
-            streams[shard] = ConcatRows(documents, mask_documents=mask_documents, **common)
-        else:
-            streams[shard] = FirstFitRows(documents, num_bins=num_bins, **common)
+        streams[shard] = row_format.rows(documents, counter)
     return streams

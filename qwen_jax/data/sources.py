@@ -6,6 +6,8 @@ Spec: `[name=]kind:path[?field=column][@weight]`, several joined by commas. Kind
     parquet      the document in column `text`; file or glob
     text         one document per file; a file, a folder (walked, hidden names left out) or a glob
     arrayrecord  documents already tokenised, written by `write_token_records`; file or glob
+    chat         one JSON object a line: conversations, preferences or prompts, see
+                 `text/conversations.py`; file or glob
     stdlib       the running Python's own library: `stdlib:train` or `stdlib:heldout`
 
 The record classes are in `records.py`; what is tokenised, mixed or packed is decided further up.
@@ -149,6 +151,10 @@ def _open_jsonl(spec: SourceSpec, tokenizer_sha256: str | None) -> JsonlRecords:
     return JsonlRecords(_files(spec, ".jsonl"), spec.field)
 
 
+def _open_chat(spec: SourceSpec, tokenizer_sha256: str | None) -> JsonlRecords:
+    return JsonlRecords(_files(spec, ".jsonl"), None)
+
+
 def _open_parquet(spec: SourceSpec, tokenizer_sha256: str | None) -> ParquetRecords:
     paths = _files(spec, ".parquet")
     for path in paths:
@@ -216,6 +222,7 @@ def is_heldout(relative_path: str) -> bool:
 
 _OPENERS = {
     "jsonl": _open_jsonl,
+    "chat": _open_chat,
     "parquet": _open_parquet,
     "text": _open_text,
     "arrayrecord": _open_arrayrecord,

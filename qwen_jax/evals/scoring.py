@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from qwen_jax.data.batch import STREAM_FIELDS, to_devices
+from qwen_jax.data.batch import to_devices
 from qwen_jax.data.heldout import HeldoutRows
 from qwen_jax.metrics import bits_per_byte
 
@@ -17,29 +17,36 @@ def heldout_scores(
     sources: Sequence[tuple[str, HeldoutRows]],
     mesh: jax.sharding.Mesh,
     rows_per_batch: int,
+    fields: Sequence[str],
 ) -> dict[str, float]:
-    """`heldout_loss` (nats per token) and `bits_per_byte` over all sources.
+    """`heldout_loss` (nats per trained token) and, of text, `bits_per_byte` over all sources.
 
-    With several sources also `bits_per_byte/NAME` for each. nll_fn: jitted (params, batch) -> sum
-    over the batch of the trained targets' negative log-likelihoods in nats.
+    With several sources also one of them for each, as `bits_per_byte/NAME`. nll_fn: jitted
+    (params, batch) -> sum over the batch of the trained targets' negative log-likelihoods in nats.
+    fields: what of the rows a batch holds.
     """
     scores, totals = {}, []
     for name, heldout in sources:
-        nats = _total_nats(params, nll_fn, heldout, mesh, rows_per_batch)
+        nats = _total_nats(params, nll_fn, heldout, mesh, rows_per_batch, fields)
         totals.append((nats, heldout.num_targets, heldout.num_bytes))
-        if len(sources) > 1:
+        if len(sources) > 1 and heldout.num_bytes:
             scores[f"bits_per_byte/{name}"] = bits_per_byte(nats, heldout.num_bytes)
+        elif len(sources) > 1:
+            scores[f"heldout_loss/{name}"] = nats / heldout.num_targets
     nats, num_targets, num_bytes = (sum(column) for column in zip(*totals))
     scores["heldout_loss"] = nats / num_targets
-    scores["bits_per_byte"] = bits_per_byte(nats, num_bytes)
+    if num_bytes:
+        scores["bits_per_byte"] = bits_per_byte(nats, num_bytes)
     return scores
 
 
-def _total_nats(params, nll_fn, heldout: HeldoutRows, mesh, rows_per_batch: int) -> float:
+def _total_nats(
+    params, nll_fn, heldout: HeldoutRows, mesh, rows_per_batch: int, fields: Sequence[str]
+) -> float:
     num_rows = len(heldout.rows["tokens"])
     padding = -num_rows % rows_per_batch
     # Padding rows have loss_mask 0 everywhere, so they add nothing.
-    padded = {name: np.pad(heldout.rows[name], ((0, padding), (0, 0))) for name in STREAM_FIELDS}
+    padded = {name: np.pad(heldout.rows[name], ((0, padding), (0, 0))) for name in fields}
     parts = []
     for start in range(0, num_rows, rows_per_batch):
         batch = {name: array[start : start + rows_per_batch] for name, array in padded.items()}

@@ -1,4 +1,4 @@
-"""The parts of a block without its attention: matrix product, RMSNorm, SwiGLU, dropout-free.
+"""The parts of a block without its attention: matrix product, RMSNorm, SwiGLU, dropout.
 
 Modules only name parameters; the arithmetic is in plain functions. Qwen report sec. 2.3. Rotary
 embeddings are in `rope.py`, attention in `attention.py`, the blocks in `transformer.py`.
@@ -77,6 +77,14 @@ def _swiglu_backward(saved, g):
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes each number with probability `rate` and scales the others up; identity without key."""
+    if rate == 0 or key is None:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
+
+
 class RMSNorm(nn.Module):
     """The learnt scale of `rms_norm`."""
 
@@ -99,11 +107,18 @@ class Linear(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the product over the last dimension."""
+    def __call__(self, x: jax.Array, adapter=None) -> jax.Array:
+        """Applies the product over the last dimension.
+
+        adapter: `{"down": [D, r], "up": [r, F]}`, a product of low rank beside the weights, its
+        scale included (`model/adapters.py`); None for none.
+        """
         init = nn.initializers.normal(self.std)
         kernel_DF = param(self, "kernel", (x.shape[-1], self.features), self.axes, init)
         bias_F = None
         if self.use_bias:
             bias_F = param(self, "bias", (self.features,), self.axes[1:], nn.initializers.zeros)
-        return linear(x, kernel_DF, bias_F)
+        y = linear(x, kernel_DF, bias_F)
+        if adapter is None:
+            return y
+        return y + linear(linear(x, adapter["down"]), adapter["up"])

@@ -7,7 +7,7 @@ logits of all positions at once. Parameter paths are listed in `tests/golden/par
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.model import cache as kv
 from qwen_jax.model.attention import Visibility, attend, attend_cached, training_visibility
 from qwen_jax.model.context import NEUTRAL, ContextConfig, logn_factor, ntk_scale, row_alpha
-from qwen_jax.model.layers import Linear, RMSNorm, linear, param, swiglu
+from qwen_jax.model.layers import Linear, RMSNorm, dropout, linear, param, swiglu
 from qwen_jax.model.rope import apply_rope, rope_tables
 from qwen_jax.sharding import constrain
 
@@ -36,13 +36,34 @@ class Rotation(NamedTuple):
     query_scale_BL: jax.Array | None
 
 
+class PerLayer(NamedTuple):
+    """What each layer gets of its own besides its weights, None for nothing.
+
+    dropout_key: its random key, for training with dropout. adapters: low-rank products beside its
+    matrices by module and name; see `adapters.py`.
+    """
+
+    dropout_key: jax.Array | None = None
+    adapters: Any = None
+
+    def adapter(self, module: str, name: str):
+        """The adapter of one matrix, None where it has none."""
+        if self.adapters is None or module not in self.adapters:
+            return None
+        return self.adapters[module].get(name)
+
+    def key(self, number: int) -> jax.Array | None:
+        """A key for each of the layer's own uses."""
+        return None if self.dropout_key is None else jax.random.fold_in(self.dropout_key, number)
+
+
 class Attention(nn.Module):
     """Multi-head attention with rotary positions; biases on query, key and value only."""
 
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BLD, rope: Rotation, seen: Visibility, layer_cache):
+    def __call__(self, x_BLD, rope: Rotation, seen: Visibility, layer_cache, own: PerLayer):
         """Returns the sum over heads and this layer's updated cache (None without one)."""
         cfg = self.cfg
         batch, length, _ = x_BLD.shape
@@ -55,7 +76,7 @@ class Attention(nn.Module):
                 cfg.init_std,
                 cfg.qkv_bias,
                 name=name,
-            )(x_BLD)
+            )(x_BLD, own.adapter("attention", name))
             heads = checkpoint_name(heads, "qkv")
             heads = heads.reshape(batch, length, num_heads, cfg.head_dim)
             return constrain(heads, "batch", "length", "act_heads", None)
@@ -78,7 +99,8 @@ class Attention(nn.Module):
         out_BLNH = checkpoint_name(out_BLNH, "attention")
         merged = out_BLNH.reshape(batch, length, cfg.num_heads * cfg.head_dim)
         std = cfg.init_std / math.sqrt(2 * cfg.num_layers)
-        out_BLD = Linear(cfg, cfg.d_model, ("heads", "embed"), std, name="out")(merged)
+        out = Linear(cfg, cfg.d_model, ("heads", "embed"), std, name="out")
+        out_BLD = out(merged, own.adapter("attention", "out"))
         return checkpoint_name(out_BLD, "attention_out"), cached
 
 
@@ -88,43 +110,59 @@ class FeedForward(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BLD):
+    def __call__(self, x_BLD, own: PerLayer):
         """Maps each position on its own."""
         cfg = self.cfg
-        up = Linear(cfg, cfg.d_ff, ("embed", "mlp"), cfg.init_std, name="up")(x_BLD)
-        gate = Linear(cfg, cfg.d_ff, ("embed", "mlp"), cfg.init_std, name="gate")(x_BLD)
+
+        def project(x, name: str, features: int, axes: tuple[str, str], std: float):
+            matrix = Linear(cfg, features, axes, std, name=name)
+            return matrix(x, own.adapter("feed_forward", name))
+
+        up = project(x_BLD, "up", cfg.d_ff, ("embed", "mlp"), cfg.init_std)
+        gate = project(x_BLD, "gate", cfg.d_ff, ("embed", "mlp"), cfg.init_std)
         up, gate = (
             constrain(checkpoint_name(y, "mlp_in"), "batch", "length", "act_mlp")
             for y in (up, gate)
         )
         std = cfg.init_std / math.sqrt(2 * cfg.num_layers)
-        return Linear(cfg, cfg.d_model, ("mlp", "embed"), std, name="down")(swiglu(up, gate))
+        return project(swiglu(up, gate), "down", cfg.d_model, ("mlp", "embed"), std)
 
 
 class Block(nn.Module):
     """One layer: attention and feed-forward, each behind a norm and added to the residual."""
 
     cfg: ModelConfig
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x_BLD, rope, seen: Visibility, layer_cache):
+    def __call__(self, x_BLD, rope, seen: Visibility, layer_cache, own: PerLayer):
         """Returns the residual and this layer's updated cache (None without one)."""
         cfg = self.cfg
         with jax.named_scope("attention"):
             normed = RMSNorm(cfg, name="attention_norm")(x_BLD)
-            mixed, layer_cache = Attention(cfg, name="attention")(normed, rope, seen, layer_cache)
+            attention = Attention(cfg, name="attention")
+            mixed, layer_cache = attention(normed, rope, seen, layer_cache, own)
+            mixed = dropout(mixed, self.dropout, own.key(0))
             x_BLD = constrain(x_BLD + mixed, "batch", "length", "act_embed")
         with jax.named_scope("feed_forward"):
             normed = RMSNorm(cfg, name="feed_forward_norm")(x_BLD)
-            x_BLD = x_BLD + FeedForward(cfg, name="feed_forward")(normed)
+            mapped = FeedForward(cfg, name="feed_forward")(normed, own)
+            x_BLD = x_BLD + dropout(mapped, self.dropout, own.key(1))
         return constrain(x_BLD, "batch", "length", "act_embed"), layer_cache
 
 
 class Transformer(nn.Module):
-    """Tokens to hidden states. context: what is done beyond the trained length, nothing as such."""
+    """Tokens to hidden states.
+
+    context: what is done beyond the trained length, nothing as such. lm_head: whether the head over
+    the vocabulary is among the parameters. dropout: rate on the embedding and on what each sublayer
+    adds, where a key is given.
+    """
 
     cfg: ModelConfig
     context: ContextConfig = NEUTRAL
+    lm_head: bool = True
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(
@@ -134,13 +172,15 @@ class Transformer(nn.Module):
         segments_BL=None,
         cache: kv.KVCache | None = None,
         alpha_B=None,
+        adapters=None,
+        dropout_key=None,
     ):
         """Returns (hidden_BLD, cache).
 
         segments_BL: 0 marks padding; None when every row is one document. With a cache, the L
         tokens are appended to it and attend to all it holds; this needs `scan_layers` off. alpha_B:
         what dynamic NTK chose for each row's prompt, fixed for all calls with one cache; complete
-        rows may leave it out.
+        rows may leave it out. adapters: laid out as the layers are, see `adapters.py`.
         """
         cfg = self.cfg
         self.context.check_layers(cfg.num_layers, cfg.scan_layers)
@@ -148,9 +188,11 @@ class Transformer(nn.Module):
         table_VD = param(
             self, "embedding", (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), normal
         )
-        if not cfg.tie_embeddings:
+        if self.lm_head and not cfg.tie_embeddings:
             param(self, "head", (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), normal)
         x_BLD = embed(table_VD, tokens_BL, cfg.compute_dtype)
+        if dropout_key is not None:
+            x_BLD = dropout(x_BLD, self.dropout, jax.random.fold_in(dropout_key, cfg.num_layers))
         x_BLD = constrain(x_BLD, "batch", "length", "act_embed")
         if cache is not None and segments_BL is None:
             segments_BL = jnp.ones_like(tokens_BL)
@@ -166,10 +208,15 @@ class Transformer(nn.Module):
         else:
             seen = Visibility(positions_BL, cache.positions_BS, segments_BL, cache.segments_BS)
         block = _rematerialised(Block, cfg.remat if cache is None else "none", cfg.scan_layers)
+        keys_X = None
+        if dropout_key is not None:
+            fold = functools.partial(jax.random.fold_in, dropout_key)
+            keys_X = jax.vmap(fold)(jnp.arange(cfg.num_layers))
+        own = PerLayer(keys_X, adapters)
         if cfg.scan_layers:
-            x_BLD = _scan_blocks(block, cfg)(x_BLD, rope, seen, cache)
+            x_BLD = _scan_blocks(block, self)(x_BLD, rope, seen, cache, own)
         else:
-            x_BLD, cache = _unrolled_blocks(block, cfg, self.context, x_BLD, rope, seen, cache)
+            x_BLD, cache = _unrolled_blocks(block, self, x_BLD, rope, seen, cache, own)
         return RMSNorm(cfg, name="final_norm")(x_BLD), cache
 
 
@@ -242,24 +289,29 @@ def _rematerialised(block, policy: str, scanned: bool):
     return nn.remat(block, policy=keep, prevent_cse=not scanned)
 
 
-def _scan_blocks(block, cfg: ModelConfig):
-    def run(x_BLD, rope, seen, cache):
+def _scan_blocks(block, model: Transformer):
+    def run(x_BLD, rope, seen, cache, own: PerLayer):
         if cache is not None:
             raise ValueError("a cache needs model.scan_layers = False and unstacked parameters")
         scanned = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
-            length=cfg.num_layers,
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            length=model.cfg.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scanned(cfg, name="blocks")(x_BLD, rope, seen, None)[0]
+        own = own._replace(adapters=own.adapters and own.adapters["blocks"])
+        blocks = scanned(model.cfg, model.dropout, name="blocks")
+        return blocks(x_BLD, rope, seen, None, own)[0]
 
     return run
 
 
-def _unrolled_blocks(block, cfg: ModelConfig, context, x_BLD, rope, seen: Visibility, cache):
+def _unrolled_blocks(
+    block, model: Transformer, x_BLD, rope, seen: Visibility, cache, own: PerLayer
+):
+    cfg, context = model.cfg, model.context
     keys, values = [], []
     for layer in range(cfg.num_layers):
         layer_cache = None
@@ -268,7 +320,11 @@ def _unrolled_blocks(block, cfg: ModelConfig, context, x_BLD, rope, seen: Visibi
                 cache.keys[layer], cache.values[layer], cache.length, cache.empty
             )
         within = seen.replace(window=context.window(layer))
-        x_BLD, updated = block(cfg, name=f"block_{layer}")(x_BLD, rope, within, layer_cache)
+        name = f"block_{layer}"
+        key = None if own.dropout_key is None else own.dropout_key[layer]
+        mine = PerLayer(key, own.adapters and own.adapters[name])
+        run = block(cfg, model.dropout, name=name)
+        x_BLD, updated = run(x_BLD, rope, within, layer_cache, mine)
         if cache is not None:
             keys.append(updated[0])
             values.append(updated[1])

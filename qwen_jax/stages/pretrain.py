@@ -1,6 +1,7 @@
 """Pretraining: the next token over packed documents. Qwen report sec. 2.4."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from qwen_jax.evals.scoring import heldout_scores
 from qwen_jax.generate.decode import decode, pad_prompts
 from qwen_jax.generate.sampling import SamplingConfig
 from qwen_jax.losses import cross_entropy_sum
-from qwen_jax.model.transformer import Transformer, head_matrix
+from qwen_jax.model.transformer import Transformer, head_matrix, logits
+from qwen_jax.stages.weights import ALL, Weights
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.trainer.optimizer import make_optimizer, make_schedule
 from qwen_jax.trainer.stage import Stage
@@ -29,12 +31,16 @@ def init_fn(cfg: ModelConfig) -> Callable:
     return lambda key: Transformer(cfg).init(key, tokens, tokens)["params"]
 
 
-def loss_fn(cfg: ModelConfig) -> Callable:
-    """(params, batch, key) -> ((loss_sum, weight), metrics): summed next-token cross-entropy."""
+def loss_fn(cfg: ModelConfig, dropout: float = 0.0, weights: Weights = ALL) -> Callable:
+    """(params, batch, key) -> ((loss_sum, weight), metrics): summed next-token cross-entropy.
+
+    Without a key nothing is dropped out: that is how held-out data are scored.
+    """
 
     def loss(params, batch, key):
-        del key
-        hidden_BLD = apply_model(params, batch, cfg)
+        params, adapters = weights.split(params)
+        dropout_key = None if key is None or dropout == 0 else subkey(key, "dropout")
+        hidden_BLD = apply_model(params, batch, cfg, adapters, dropout, dropout_key)
         weights_BL = batch["loss_mask"].astype(jnp.float32)
         total = cross_entropy_sum(
             hidden_BLD, head_matrix(params, cfg), batch["targets"], weights_BL, cfg.loss_chunk
@@ -44,13 +50,37 @@ def loss_fn(cfg: ModelConfig) -> Callable:
     return loss
 
 
-def apply_model(params, batch: dict[str, jax.Array], cfg: ModelConfig) -> jax.Array:
+def apply_model(
+    params, batch: dict[str, jax.Array], cfg: ModelConfig, adapters=None, dropout=0.0, key=None
+) -> jax.Array:
     """Hidden states of a batch; without segments every row is one stream."""
     if "segment_ids" in batch:
         positions_BL, segments_BL = batch["positions"], batch["segment_ids"]
     else:
         positions_BL, segments_BL = jnp.arange(batch["tokens"].shape[1])[None, :], None
-    return Transformer(cfg).apply({"params": params}, batch["tokens"], positions_BL, segments_BL)[0]
+    model = Transformer(cfg, dropout=dropout)
+    return model.apply(
+        {"params": params}, batch["tokens"], positions_BL, segments_BL, adapters=adapters,
+        dropout_key=key,
+    )[0]  # fmt: skip
+
+
+PROBE_LENGTH, PROBE_IDS = 16, 8
+
+
+def probe_fn(cfg: ModelConfig, weights: Weights = ALL) -> Callable:
+    """params -> log-probabilities of a few ids after a few fixed tokens; see `Stage.probe`."""
+    tokens = (np.arange(PROBE_LENGTH, dtype=np.int32) * 7919) % cfg.vocab_size
+    ids = (np.arange(PROBE_IDS, dtype=np.int32) * 104_729) % cfg.vocab_size
+
+    @jax.jit
+    def probe(params):
+        params, adapters = weights.split(params)
+        hidden_BLD = apply_model(params, {"tokens": tokens[None, :]}, cfg, adapters)
+        scores = jax.nn.log_softmax(logits(hidden_BLD[0, -1:], head_matrix(params, cfg)), axis=-1)
+        return scores[0, ids]
+
+    return lambda params: {"model": [float(x) for x in jax.device_get(probe(params))]}
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
@@ -66,46 +96,76 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     return 6 * matmul + 6 * cfg.num_layers * seq_len * cfg.num_heads * cfg.head_dim
 
 
+class LmRun(NamedTuple):
+    """What the stages of language models are told of a run.
+
+    batch_shape: rows and positions of one optimizer step. fields: what of the rows a batch holds.
+    heldout: sources by name. rows_per_evaluation: rows scored at once. sample_prompts,
+    sample_tokens: what is continued for show, and how far. dropout: rate in training.
+    """
+
+    total_steps: int
+    batch_shape: tuple[int, int]
+    fields: tuple[str, ...]
+    heldout: Sequence[tuple[str, HeldoutRows]]
+    rows_per_evaluation: int
+    sample_prompts: tuple[str, ...]
+    sample_tokens: int
+    sample_key: jax.Array
+    dropout: float
+
+
 def make_stage(
     model: ModelConfig,
     optimizer: OptimizerConfig,
     batches: DeviceBatches,
     mesh: jax.sharding.Mesh,
     tokenizer: Tokenizer,
-    *,
-    total_steps: int,
-    batch_shape: tuple[int, int],
-    heldout: Sequence[tuple[str, HeldoutRows]],
-    rows_per_evaluation: int,
-    sample_prompts: Sequence[str],
-    sample_tokens: int,
-    sample_key: jax.Array,
+    run: LmRun,
 ) -> Stage:
-    """The pretraining stage. batch_shape: rows and positions of one optimizer step."""
-    schedule = make_schedule(optimizer, total_steps)
-    loss = loss_fn(model)
-    nll_fn = jax.jit(lambda params, batch: loss(params, batch, None)[0][0])
-    num_tokens = batch_shape[0] * batch_shape[1]
-
-    def evaluate(state):
-        return heldout_scores(state.params, nll_fn, heldout, mesh, rows_per_evaluation)
+    """The pretraining stage."""
 
     def samples(state):
-        key = jax.random.fold_in(subkey(sample_key, "samples"), int(state.step))
+        key = jax.random.fold_in(subkey(run.sample_key, "samples"), int(state.step))
         return continue_texts(
-            state.params, model, tokenizer, sample_prompts, sample_tokens, key, mesh
+            state.params, model, tokenizer, run.sample_prompts, run.sample_tokens, key, mesh
+        )
+
+    return language_model_stage(model, optimizer, batches, mesh, run, samples)
+
+
+def language_model_stage(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    batches: DeviceBatches,
+    mesh: jax.sharding.Mesh,
+    run: LmRun,
+    samples: Callable[[Any], list[tuple[str, str]]],
+    weights: Weights = ALL,
+) -> Stage:
+    """A stage that learns the next token of its rows; samples: see `Stage`."""
+    schedule = make_schedule(optimizer, run.total_steps)
+    loss = loss_fn(model, run.dropout, weights)
+    nll_fn = jax.jit(lambda params, batch: loss(params, batch, None)[0][0])
+    num_tokens = run.batch_shape[0] * run.batch_shape[1]
+
+    def evaluate(state):
+        return heldout_scores(
+            state.params, nll_fn, run.heldout, mesh, run.rows_per_evaluation, run.fields
         )
 
     return Stage(
-        init=init_fn(model),
+        init=weights.init(init_fn(model)),
         loss=loss,
         tx=make_optimizer(optimizer, schedule),
         schedule=schedule,
         batches=batches,
-        evaluate=evaluate if heldout else None,
-        samples=samples if sample_prompts and sample_tokens else None,
+        evaluate=evaluate if run.heldout else None,
+        samples=samples if run.sample_prompts and run.sample_tokens else None,
         tokens_per_batch=num_tokens,
-        flops_per_batch=num_tokens * flops_per_token(model, batch_shape[1]),
+        flops_per_batch=num_tokens * flops_per_token(model, run.batch_shape[1]),
+        trained=weights.trained,
+        probe=probe_fn(model, weights),
     )
 
 
@@ -115,19 +175,26 @@ def continue_texts(
 ) -> list[tuple[str, str]]:  # fmt: skip
     """Prompts as text with what the model adds to each, until the end of text."""
     encoded = [[tokenizer.end_of_text, *tokenizer.encode(prompt)] for prompt in prompts]
-    tokens, lengths = pad_prompts(encoded, tokenizer.end_of_text)
+    end = (tokenizer.end_of_text,)
+    texts = continue_ids(params, model, tokenizer, encoded, num_tokens, key, mesh, end, SAMPLING)
+    return list(zip(prompts, texts))
+
+
+def continue_ids(
+    params, model: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[list[int]],
+    num_tokens: int, key: jax.Array, mesh: jax.sharding.Mesh, stop_ids: tuple[int, ...],
+    sampling: SamplingConfig,
+) -> list[str]:  # fmt: skip
+    """What the model adds to each prompt as text, control tokens left out."""
+    tokens, lengths = pad_prompts(list(prompts), tokenizer.end_of_text)
     everywhere = sharding.replicated(mesh)
     tokens, lengths = (
         jax.make_array_from_callback(a.shape, everywhere, lambda index, a=a: a[index])
         for a in (tokens, lengths)
     )
     out = decode(
-        params, tokens, lengths, key, cfg=model, sampling=SAMPLING,
-        stop_ids=(tokenizer.end_of_text,), pad=tokenizer.end_of_text, max_new_tokens=num_tokens,
-        num_real=tokenizer.vocab_size,
+        params, tokens, lengths, key, cfg=model, sampling=sampling, stop_ids=stop_ids,
+        pad=tokenizer.end_of_text, max_new_tokens=num_tokens, num_real=tokenizer.vocab_size,
     )  # fmt: skip
     rows, ends = np.asarray(jax.device_get(out.tokens_BR)), jax.device_get(out.lengths_B)
-    texts = [
-        tokenizer.decode(row[:end].tolist(), skip_special=True) for row, end in zip(rows, ends)
-    ]
-    return list(zip(prompts, texts))
+    return [tokenizer.decode(row[:end].tolist(), skip_special=True) for row, end in zip(rows, ends)]

@@ -59,6 +59,7 @@ def run(stage: Stage, state: TrainState, context: Run) -> Outcome:
     Raises:
       NonFiniteError: `train.max_skipped_steps` updates in a row were not finite. The parameters
         are those before the first of them, and no checkpoint holds a bad one.
+      StageError: the stage's own check of its figures failed.
     """
     cfg = context.train
     start = int(state.step)
@@ -67,7 +68,7 @@ def run(stage: Stage, state: TrainState, context: Run) -> Outcome:
     reporter = _Reporter(stage, context, start)
     watchdog = Watchdog(cfg.hang_timeout_secs)
     profiler = _Profiler(cfg, context.workdir)
-    pending, preempted, step = None, False, start
+    pending, preempted, unsaved, step = None, False, False, start
     try:
         for step in range(start + 1, cfg.steps + 1):
             profiler.before_step(step - start)
@@ -87,16 +88,18 @@ def run(stage: Stage, state: TrainState, context: Run) -> Outcome:
                 scores = reporter.evaluate(step, state)
             if _due(step, cfg.sample_every, cfg.steps) and stage.samples is not None:
                 reporter.sample(step, state)
-            preempted = context.preemption.reached(step)
-            if preempted or _due(step, context.checkpoint.every_steps, cfg.steps):
+            preempted |= context.preemption.reached(step)
+            unsaved |= preempted or _due(step, context.checkpoint.every_steps, cfg.steps)
+            if unsaved and stage.batches.resumable():
                 # The bad step must raise before it can be saved as good.
                 if pending is not None:
                     reporter.read(*pending)
                     pending = None
                 reporter.save(step, state, scores, force=preempted or step == cfg.steps)
+                unsaved = False
+                if preempted:
+                    break
             watchdog.beat()
-            if preempted:
-                break
         if pending is not None:
             reporter.read(*pending)
     finally:
@@ -161,10 +164,12 @@ class _Reporter:
         """Takes in the metrics of one finished step; logs when its turn has come.
 
         Raises:
-          NonFiniteError: see `run`.
+          NonFiniteError, StageError: see `run`.
         """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         skipped = int(values.pop("skipped"))
+        if self._stage.check is not None and not skipped:
+            self._stage.check(step, values)
         self._window_steps += 1
         self._total_steps += 1
         self._skipped += skipped
@@ -194,7 +199,8 @@ class _Reporter:
         mfu = metrics_lib.model_flops_utilisation(
             self._stage.flops_per_batch, per_step, device.device_kind, jax.device_count()
         )
-        self._last = values | {
+        self._last = values | self._stage.batches.metrics()
+        self._last |= {
             "learning_rate": float(self._stage.schedule(step - 1)),
             "tokens_per_sec": self._stage.tokens_per_batch / per_step,
             "step_secs": per_step,
@@ -240,6 +246,9 @@ class _Reporter:
         """Hands the state and the data position to the checkpoint writer."""
         began = time.perf_counter()
         meta = self._context.meta | {"tokens": step * self._stage.tokens_per_batch}
+        if self._stage.probe is not None:
+            with sharding.use_mesh(self._context.mesh):
+                meta["probe"] = self._stage.probe(state.params)
         self._context.checkpoints.save(
             step, state, self._stage.batches.get_state(), meta, scores, force=force
         )

@@ -29,13 +29,13 @@ def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the weights that decay: matrices and embeddings, not norms and biases.
+    """True for the weights that decay: matrices, adapters and embeddings, not norms and biases.
 
     The report does not say which parameters decay; this is the custom of the field.
     """
 
     def decays(path, _):
-        return path[-1].key in ("kernel", "embedding", "head")
+        return path[-1].key in ("kernel", "embedding", "head", "down", "up")
 
     return jax.tree_util.tree_map_with_path(decays, params, is_leaf=_is_box)
 

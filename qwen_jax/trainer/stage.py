@@ -11,6 +11,10 @@ import jax
 import optax
 
 
+class StageError(RuntimeError):
+    """What a stage measured of itself cannot be right; going on would waste the run."""
+
+
 class BatchSource(Protocol):
     """Where batches come from, and where in the data the run stands."""
 
@@ -26,6 +30,15 @@ class BatchSource(Protocol):
 
     def set_state(self, state: dict) -> None:
         """Continues from `get_state()` of all processes merged, whatever their number was."""
+
+    def resumable(self) -> bool:
+        """Whether `get_state` says all of where the run stands; a save waits until it does.
+
+        False in the middle of a rollout, whose batches cannot be made again.
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """Figures about the data handed out, to be logged with those of the step."""
 
     def close(self) -> None:
         """Stops background work."""
@@ -43,6 +56,12 @@ class Stage(NamedTuple):
     evaluate: state -> floats to log, on the host.
     samples: state -> list of (prompt, continuation) to show.
     tokens_per_batch, flops_per_batch: for throughput and model FLOPs utilisation.
+    trained: top-level names of the parameters that have gradients and moments; None: all of them.
+        The rest (a reference policy, the base under adapters) are in the state and stay as they
+        are, bit for bit.
+    check: (step, metrics of the step) -> None; raises `StageError` when they cannot be right.
+    probe: params -> a few numbers for each model in them, the same for the same weights. They are
+        saved beside a checkpoint, so that the stage that starts from it can compare.
     """
 
     init: Callable[[jax.Array], Any]
@@ -54,3 +73,6 @@ class Stage(NamedTuple):
     samples: Callable[[Any], list[tuple[str, str]]] | None
     tokens_per_batch: int
     flops_per_batch: float
+    trained: tuple[str, ...] | None = None
+    check: Callable[[int, dict[str, float]], None] | None = None
+    probe: Callable[[Any], dict[str, list[float]]] | None = None

@@ -28,17 +28,26 @@ def subkey(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
+def trained_part(params: Any, trained: tuple[str, ...] | None) -> Any:
+    """The parameters that are trained: those under the names, all without names."""
+    return params if trained is None else {name: params[name] for name in trained}
+
+
 def init_state(
-    init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, key: jax.Array
+    init: Callable[[jax.Array], Any],
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    trained: tuple[str, ...] | None = None,
 ) -> TrainState:
     """A fresh state, its parameters and moments still boxed with their logical axes."""
     params = init(subkey(key, "init"))
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key)
+    moments = tx.init(trained_part(params, trained))
+    return TrainState(jnp.zeros((), jnp.int32), params, moments, key)
 
 
-def abstract_state(init, tx, key: jax.Array, mesh: jax.sharding.Mesh) -> TrainState:
+def abstract_state(init, tx, key: jax.Array, mesh: jax.sharding.Mesh, trained=None) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`, without computing anything."""
-    boxed = jax.eval_shape(lambda k: init_state(init, tx, k), key)
+    boxed = jax.eval_shape(lambda k: init_state(init, tx, k, trained), key)
     shardings = state_shardings(boxed, mesh)
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -58,9 +67,13 @@ def state_shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
-def create_state(init, tx, key: jax.Array, mesh: jax.sharding.Mesh) -> TrainState:
+def create_state(init, tx, key: jax.Array, mesh: jax.sharding.Mesh, trained=None) -> TrainState:
     """A fresh state computed straight into its shards: no device ever holds the whole."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(init, tx, key, mesh))
+    abstract = abstract_state(init, tx, key, mesh, trained)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    def make(k):
+        return nn.unbox(init_state(init, tx, k, trained))
+
     with sharding.use_mesh(mesh):
-        make = jax.jit(lambda k: nn.unbox(init_state(init, tx, k)), out_shardings=shardings)
-        return make(key)
+        return jax.jit(make, out_shardings=shardings)(key)

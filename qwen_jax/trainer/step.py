@@ -12,7 +12,7 @@ import optax
 
 from qwen_jax.sharding import constrain
 from qwen_jax.trainer.stage import Stage
-from qwen_jax.trainer.state import TrainState
+from qwen_jax.trainer.state import TrainState, trained_part
 
 
 def make_train_step(stage: Stage, num_microbatches: int) -> Callable:
@@ -21,21 +21,29 @@ def make_train_step(stage: Stage, num_microbatches: int) -> Callable:
     The loss and every metric of the step are sums over the microbatches divided once by the summed
     weight, so the result does not depend on how the batch is cut. An update whose loss or gradient
     is not finite is not applied: parameters and moments stay as they were, `step` advances, and
-    `skipped` is 1.
+    `skipped` is 1. Parameters that are not `stage.trained` have no gradient and no moments.
     """
 
     def step(state: TrainState, batch: dict[str, jax.Array]):
         key = jax.random.fold_in(state.key, state.step)
+        trained = trained_part(state.params, stage.trained)
+
+        def whole(params):
+            return params if stage.trained is None else state.params | params
+
+        def loss_fn(params, microbatch, microbatch_key):
+            return stage.loss(whole(params), microbatch, microbatch_key)
+
         grads, loss_sum, weight, metrics = _accumulate(
-            stage, state.params, batch, key, num_microbatches
+            loss_fn, trained, batch, key, num_microbatches
         )
         # An all-masked batch has weight 0 and must give a zero gradient, not NaN.
         scale = 1.0 / jnp.maximum(weight, 1e-9)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         loss, grad_norm = loss_sum * scale, optax.tree.norm(grads)
-        updates, opt_state = stage.tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = stage.tx.update(grads, state.opt_state, trained)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        params = _where(finite, optax.apply_updates(state.params, updates), state.params)
+        params = whole(_where(finite, optax.apply_updates(trained, updates), trained))
         opt_state = _where(finite, opt_state, state.opt_state)
         report = {
             name: total / jnp.maximum(count, 1e-9) for name, (total, count) in metrics.items()
@@ -51,12 +59,12 @@ def make_train_step(stage: Stage, num_microbatches: int) -> Callable:
     return step
 
 
-def _accumulate(stage: Stage, params: Any, batch: dict, key: jax.Array, num_microbatches: int):
+def _accumulate(loss_fn: Callable, params: Any, batch: dict, key: jax.Array, num_microbatches: int):
     """Sums of gradients, loss, weight and metrics over the microbatches of one batch."""
 
     def one(microbatch, microbatch_key):
         def loss(p):
-            (loss_sum, weight), metrics = stage.loss(p, microbatch, microbatch_key)
+            (loss_sum, weight), metrics = loss_fn(p, microbatch, microbatch_key)
             return loss_sum, (weight, metrics)
 
         (loss_sum, (weight, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(params)

@@ -1,0 +1,152 @@
+"""From a checked config to the stage it asks for: one builder for each of `STAGES`.
+
+A builder opens the data, reads what earlier stages left and puts the stage together; the stages
+themselves never see the whole config. Nothing is compiled here.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from qwen_jax import inputs, loading
+from qwen_jax.config import Config
+from qwen_jax.data.batch import SEGMENTED_FIELDS, STREAM_FIELDS, DeviceBatches
+from qwen_jax.data.pipelines import VirtualShardBatches
+from qwen_jax.model.adapters import BASE
+from qwen_jax.stages import pretrain, sft
+from qwen_jax.stages.weights import weights_of
+from qwen_jax.text.tokenizer import Tokenizer
+from qwen_jax.trainer.optimizer import make_optimizer, make_schedule
+from qwen_jax.trainer.stage import Stage
+
+
+class Assembled(NamedTuple):
+    """A stage with what belongs to it.
+
+    rows: the training data, for the report at the end. gzip_bits_per_byte: of the held-out text,
+    None where there is none. start: (abstract parameters, fresh parameters) -> those to begin with;
+    None to begin with the fresh ones.
+    """
+
+    stage: Stage
+    rows: VirtualShardBatches
+    gzip_bits_per_byte: float | None
+    start: Callable[[Any, Any], Any] | None
+
+
+class Skeleton(NamedTuple):
+    """What of a stage fixes the shapes of its state; for dry runs, without data or weights."""
+
+    init: Callable
+    tx: optax.GradientTransformation
+    trained: tuple[str, ...] | None
+
+
+def assemble(
+    cfg: Config, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, log: Callable
+) -> Assembled:
+    """The stage of a run.
+
+    Raises:
+      ValueError: data, a tokenizer or an earlier checkpoint that is missing or does not fit.
+    """
+    return STAGES[cfg.stage](cfg, mesh, tokenizer, log)
+
+
+def skeleton(cfg: Config) -> Skeleton:
+    """The shapes of a run's state."""
+    return _SKELETONS[cfg.stage](cfg)
+
+
+def _language_model(cfg: Config) -> Skeleton:
+    weights = weights_of(cfg.lora)
+    tx = make_optimizer(cfg.optimizer, make_schedule(cfg.optimizer, cfg.train.steps))
+    return Skeleton(weights.init(pretrain.init_fn(cfg.model)), tx, weights.trained)
+
+
+def _pretraining(cfg: Config, mesh, tokenizer: Tokenizer, log: Callable) -> Assembled:
+    row_format = inputs.text_format(cfg, tokenizer)
+    heldout = inputs.load_heldout(cfg, tokenizer, row_format, log)
+    rows = inputs.training_rows(cfg, mesh, tokenizer, row_format)
+    fields = STREAM_FIELDS if cfg.data.packing == "concat" else SEGMENTED_FIELDS
+    batches = DeviceBatches(rows, mesh, fields)
+    run = _lm_run(cfg, heldout, STREAM_FIELDS)
+    stage = pretrain.make_stage(cfg.model, cfg.optimizer, batches, mesh, tokenizer, run)
+    return Assembled(stage, rows, heldout.gzip_bits_per_byte, _from_earlier(cfg, tokenizer, log))
+
+
+def _fine_tuning(cfg: Config, mesh, tokenizer: Tokenizer, log: Callable) -> Assembled:
+    row_format = inputs.conversation_format(cfg, tokenizer)
+    heldout = inputs.load_heldout(cfg, tokenizer, row_format, log)
+    rows = inputs.training_rows(cfg, mesh, tokenizer, row_format)
+    stage = sft.make_stage(
+        cfg.model,
+        cfg.optimizer,
+        DeviceBatches(rows, mesh, SEGMENTED_FIELDS),
+        mesh,
+        tokenizer,
+        _lm_run(cfg, heldout, SEGMENTED_FIELDS),
+        lora=cfg.lora,
+        system=cfg.chat.system,
+    )
+    return Assembled(stage, rows, None, _from_earlier(cfg, tokenizer, log))
+
+
+STAGES: dict[str, Callable[..., Assembled]] = {
+    "pretrain": _pretraining,
+    "sft": _fine_tuning,
+}
+_SKELETONS: dict[str, Callable[[Config], Skeleton]] = {
+    "pretrain": _language_model,
+    "sft": _language_model,
+}
+
+
+def _lm_run(cfg: Config, heldout: inputs.Heldout, fields: tuple[str, ...]) -> pretrain.LmRun:
+    return pretrain.LmRun(
+        total_steps=cfg.train.steps,
+        batch_shape=(cfg.data.batch_size, cfg.data.seq_len),
+        fields=fields,
+        heldout=heldout.sources,
+        rows_per_evaluation=cfg.data.batch_size // cfg.train.num_microbatches,
+        sample_prompts=cfg.train.sample_prompts,
+        sample_tokens=cfg.train.sample_tokens,
+        sample_key=jax.random.key(cfg.train.seed),
+        dropout=cfg.train.dropout,
+    )
+
+
+def _from_earlier(cfg: Config, tokenizer: Tokenizer, log: Callable) -> Callable | None:
+    """Begins with the model of `init_from`; under adapters it becomes their base."""
+    if not cfg.init_from:
+        return None
+    found = inputs.open_earlier("init_from", cfg.init_from, cfg.model, tokenizer)
+
+    def start(abstract, fresh):
+        if cfg.lora is None:
+            return take_over(found, abstract, fresh, cfg, log)
+        return fresh | {BASE: take_over(found, abstract[BASE], fresh[BASE], cfg, log)}
+
+    return start
+
+
+def take_over(found: loading.Checkpoint, abstract, fresh, cfg: Config, log: Callable) -> Any:
+    """The language model of a checkpoint in place of a fresh one, after a comparison.
+
+    Raises:
+      ValueError: leaf by leaf what does not fit, or the model answers otherwise than when saved.
+    """
+    # The fresh weights must go first: two copies of a large model do not fit.
+    jax.tree.map(lambda leaf: leaf.delete(), fresh)
+    params = loading.restore_model(found, abstract)
+    if "probe" not in found.meta:
+        log(f"parameters from {found.step_dir}; it saved no probe to compare with")
+        return params
+    here = pretrain.probe_fn(cfg.model)(params)
+    worst = inputs.compare_probes(
+        str(found.step_dir), found.meta["probe"], here, cfg.model.compute_dtype
+    )
+    log(f"parameters from {found.step_dir}; its saved log-probabilities differ by {worst:.1e}")
+    return params
