@@ -8,18 +8,33 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from qwen_jax import inputs, loading
 from qwen_jax.config import Config
 from qwen_jax.data.batch import SEGMENTED_FIELDS, STREAM_FIELDS, DeviceBatches
+from qwen_jax.data.formats import PromptFormat
 from qwen_jax.data.pipelines import VirtualShardBatches
 from qwen_jax.model.adapters import BASE
-from qwen_jax.stages import pretrain, sft
+from qwen_jax.stages import ppo_stage, pretrain, sft
+from qwen_jax.stages.experience import Ends
+from qwen_jax.stages.networks import (
+    POLICY,
+    REFERENCE,
+    REWARD,
+    VALUE,
+    networks,
+    value_from_reward,
+)
+from qwen_jax.stages.ppo import make_tx
+from qwen_jax.stages.rollout import Rollouts
 from qwen_jax.stages.weights import weights_of
+from qwen_jax.text import chatml
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.trainer.optimizer import make_optimizer, make_schedule
 from qwen_jax.trainer.stage import Stage
+from qwen_jax.trainer.state import subkey
 
 
 class Assembled(NamedTuple):
@@ -94,13 +109,117 @@ def _fine_tuning(cfg: Config, mesh, tokenizer: Tokenizer, log: Callable) -> Asse
     return Assembled(stage, rows, None, _from_earlier(cfg, tokenizer, log))
 
 
+def _ppo(cfg: Config, mesh, tokenizer: Tokenizer, log: Callable) -> Assembled:
+    policy = inputs.open_earlier("init_from", cfg.init_from, cfg.model, tokenizer)
+    reward = inputs.open_earlier("ppo.reward_from", cfg.ppo.reward_from, cfg.model, tokenizer)
+    if reward.stage != "reward":
+        raise ValueError(
+            f"ppo.reward_from = {cfg.ppo.reward_from!r} is of stage {reward.stage!r}; name the "
+            "workdir of a reward model (configs/reward.py)"
+        )
+    end_name = reward.meta["config"]["reward"]["end_token"]
+    stops = chatml.stop_ids(tokenizer)
+    ends = Ends(stops, stops[0], inputs.end_token_id(tokenizer, end_name), tokenizer.end_of_text)
+    prompts = PromptFormat(tokenizer, cfg.ppo.prompt_len, cfg.chat.system)
+    text_format = inputs.text_format(cfg, tokenizer)
+    heldout = inputs.load_heldout(cfg, tokenizer, text_format, log)
+    rows = inputs.training_rows(cfg, mesh, tokenizer, prompts, batch_size=cfg.ppo.queries)
+    text = None
+    if cfg.ppo.pretrain_data:
+        text_rows = inputs.training_rows(
+            cfg,
+            mesh,
+            tokenizer,
+            text_format,
+            spec=cfg.ppo.pretrain_data,
+            batch_size=cfg.ppo.pretrain_rows,
+        )
+        fields = STREAM_FIELDS if cfg.data.packing == "concat" else SEGMENTED_FIELDS
+        text = DeviceBatches(text_rows, mesh, fields)
+    nets = networks(cfg.model, cfg.lora)
+    key = jax.random.key(cfg.train.seed)
+    rollouts = Rollouts(
+        cfg.model,
+        cfg.ppo,
+        nets,
+        prompts=DeviceBatches(rows, mesh, ("prompt", "prompt_len")),
+        text=text,
+        mesh=mesh,
+        ends=ends,
+        num_real=tokenizer.vocab_size,
+        minibatch_size=cfg.data.batch_size,
+        num_microbatches=cfg.train.num_microbatches,
+        key=key,
+        seed=cfg.train.seed,
+        log=log,
+    )
+    queries = None
+    if cfg.ppo.eval_data:
+        queries = inputs.first_prompts(
+            "ppo.eval_data", cfg.ppo.eval_data, prompts, cfg.ppo.eval_queries, tokenizer
+        )
+    run = ppo_stage.PpoRun(
+        total_steps=cfg.train.steps,
+        batch_shape=(cfg.data.batch_size, cfg.data.seq_len),
+        heldout=heldout.sources,
+        queries=queries,
+        rows=cfg.data.batch_size // cfg.train.num_microbatches,
+    )
+    stage = ppo_stage.make_stage(
+        cfg.model, cfg.optimizer, cfg.ppo, nets, rollouts, mesh, tokenizer, ends, run
+    )
+    asked = None
+    if cfg.ppo.calibration_queries:
+        asked = inputs.first_prompts(
+            "data.train", cfg.data.train, prompts, cfg.ppo.calibration_queries, tokenizer
+        )
+
+    def start(abstract, fresh):
+        params = _four_models(cfg, policy, reward, abstract, fresh, log)
+        if asked is not None:
+            params[REWARD] = ppo_stage.calibrated(
+                params, cfg.model, cfg.ppo, nets, ends, tokenizer.vocab_size, mesh, asked,
+                subkey(key, "calibration"), run.rows,
+            )  # fmt: skip
+            gain, bias = (float(params[REWARD]["calibration"][name]) for name in ("gain", "bias"))
+            log(f"reward model calibrated: gain {gain:.4g}, bias {bias:.4g}")
+        # A copy of each: the state's buffers are donated, and none may be in it twice.
+        value = jax.tree.map(jnp.copy, value_from_reward(params[REWARD]))
+        params[VALUE] |= {name: value[name] for name in params[VALUE] if name in value}
+        return params
+
+    return Assembled(stage, rows, None, start)
+
+
+def _four_models(cfg: Config, policy, reward, abstract, fresh, log: Callable) -> dict[str, Any]:
+    """The tree of PPO with policy, reference and reward model read; the value model comes later."""
+    params = {name: dict(fresh[name]) for name in fresh}
+    if cfg.lora is None:
+        params[POLICY] = take_over(policy, abstract[POLICY], fresh[POLICY], cfg, log)
+        params[REFERENCE] = jax.tree.map(jnp.copy, params[POLICY])
+    else:
+        base = take_over(policy, abstract[POLICY][BASE], fresh[POLICY][BASE], cfg, log)
+        params[POLICY] = fresh[POLICY] | {BASE: base}
+    jax.tree.map(lambda leaf: leaf.delete(), fresh[REWARD])
+    params[REWARD] = loading.restore.restore_params(reward.step_dir, abstract[REWARD])
+    log(f"reward model from {reward.step_dir}")
+    return params
+
+
+def _ppo_skeleton(cfg: Config) -> Skeleton:
+    nets = networks(cfg.model, cfg.lora)
+    return Skeleton(nets.init, make_tx(cfg.optimizer, cfg.ppo, cfg.train.steps), nets.trained)
+
+
 STAGES: dict[str, Callable[..., Assembled]] = {
     "pretrain": _pretraining,
     "sft": _fine_tuning,
+    "ppo": _ppo,
 }
 _SKELETONS: dict[str, Callable[[Config], Skeleton]] = {
     "pretrain": _language_model,
     "sft": _language_model,
+    "ppo": _ppo_skeleton,
 }
 
 

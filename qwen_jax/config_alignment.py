@@ -86,7 +86,8 @@ class PpoConfig:
         weight; pretrain_rows: rows of `data.seq_len` in each optimizer step.
     ratio_tolerance: how far from 1 the ratio may be before the first update of a rollout; more is
         a fault and stops the run. max_kl: nats for each answer above which the log warns, 0 never.
-    eval_queries: held-out queries answered at each evaluation.
+    eval_data: source spec of held-out queries, empty for none; eval_queries: how many are answered
+        (greedily) and scored at each evaluation.
     """
 
     reward_from: str
@@ -115,6 +116,7 @@ class PpoConfig:
     pretrain_rows: int
     ratio_tolerance: float
     max_kl: float
+    eval_data: str
     eval_queries: int
 
     def __post_init__(self):

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from qwen_jax import loading
 from qwen_jax.config import Config, ModelConfig
 from qwen_jax.data import heldout as heldout_lib
 from qwen_jax.data.batch import process_placement
-from qwen_jax.data.formats import ConversationFormat, RowFormat, TextFormat
+from qwen_jax.data.formats import ConversationFormat, PromptFormat, RowFormat, TextFormat
 from qwen_jax.data.pipelines import VirtualShardBatches
 from qwen_jax.data.sources import open_sources
 from qwen_jax.text import tokenizer as tokenizer_lib
@@ -176,6 +177,24 @@ def load_heldout(
     if is_text and len(sources) == 1 and sources[0].kind != "arrayrecord":
         gzip = heldout_lib.gzip_bits_per_byte(sources[0], limit)
     return Heldout(scored, gzip)
+
+
+def first_prompts(
+    setting: str,
+    spec: str,
+    row_format: PromptFormat,
+    number: int,
+    tokenizer: tokenizer_lib.Tokenizer,
+) -> dict[str, np.ndarray]:
+    """The first prompts of a source as rows. setting: the name of the setting with the spec.
+
+    Raises:
+      ValueError: no number, or the source is missing or empty.
+    """
+    if number < 1:
+        raise ValueError(f"{setting} is given, but no number of queries to take of it")
+    source = open_sources(spec, tokenizer_sha256=tokenizer.sha256)[0]
+    return heldout_lib.heldout_rows(source, row_format, number).rows
 
 
 # What two models must have in common for the weights of one to serve the other.

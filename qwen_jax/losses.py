@@ -1,6 +1,7 @@
 """Losses as sums: a caller divides once, by the weight of the whole global batch.
 
-Here: token cross-entropy that never holds the logits of all positions.
+Token cross-entropy that never holds the logits of all positions, and what PPO is made of: token
+log-probabilities, divergences, advantages and the two clipped losses.
 """
 
 import functools
@@ -91,3 +92,102 @@ def _cross_entropy_backward(chunk, saved, g):
 
 
 cross_entropy_sum.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def token_log_probs(
+    hidden_BLD, head_VD, targets_BL, *, temperature: float, num_real: int, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target and entropy of each distribution, [B, L] in float32.
+
+    The distribution is the untruncated one at `temperature` over the ids below `num_real`. The head
+    is applied in float32: in bfloat16 its rounding alone moves ratios of probabilities by percents.
+    `chunk` positions of every row have logits at a time; the backward pass computes them again.
+    `chunk` must divide L.
+    """
+    head = constrain(head_VD.astype(jnp.float32), "vocab", "act_embed")
+    real_V = jnp.arange(head_VD.shape[0]) < num_real
+
+    @jax.checkpoint
+    def one_chunk(_, part):
+        hidden_BcD, targets_Bc = part
+        logits_BcV = jnp.einsum("bld,vd->blv", hidden_BcD.astype(jnp.float32), head)
+        logits_BcV = constrain(logits_BcV / temperature, "batch", "length", "act_vocab")
+        logits_BcV = jnp.where(real_V[None, None, :], logits_BcV, -1e30)
+        log_probs_BcV = jax.nn.log_softmax(logits_BcV, axis=-1)
+        picked_Bc = jnp.take_along_axis(log_probs_BcV, targets_Bc[..., None], axis=-1)[..., 0]
+        entropy_Bc = -jnp.sum(jnp.exp(log_probs_BcV) * log_probs_BcV, axis=-1)
+        return None, (picked_Bc, entropy_Bc)
+
+    parts = tuple(_chunked(x, chunk) for x in (hidden_BLD, targets_BL))
+    _, (picked, entropy) = jax.lax.scan(one_chunk, None, parts)
+    shape = targets_BL.shape
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(shape) for x in (picked, entropy))
+
+
+def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """The mean where the mask is 1; 0 where it never is. What stands elsewhere plays no part."""
+    return jnp.sum(jnp.where(mask > 0, x, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def masked_whiten(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """To mean 0 and deviation 1 over all positions where the mask is 1; 0 elsewhere."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean(jnp.square(x - mean), mask)
+    return jnp.where(mask > 0, (x - mean) * jax.lax.rsqrt(variance + 1e-8), 0.0)
+
+
+def kl_estimate(log_ratio: jax.Array, estimator: str) -> jax.Array:
+    """An estimate of KL(p, q) from samples of p, with log_ratio = log p - log q (Schulman 2020).
+
+    `k1` is unbiased and of high variance, `k2` biased and of low variance, `k3` unbiased, never
+    negative. All are 0 where p equals q.
+    """
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return 0.5 * jnp.square(log_ratio)
+    if estimator == "k3":
+        return jnp.expm1(-log_ratio) + log_ratio
+    raise ValueError(f"kl_estimator = {estimator!r}: choose k1, k2 or k3")
+
+
+def gae(
+    rewards_BR, values_BR, mask_BR, *, discount: float, gae_lambda: float
+) -> tuple[jax.Array, jax.Array]:
+    """Generalised advantage estimates and returns of answers (Schulman et al. 2016, eq. 16).
+
+    Position t is the t-th token of an answer and values_BR[:, t] the value before it; mask is 1 up
+    to and including the last token. Values after the end count as 0, and nothing that stands at
+    masked positions plays a part. With gae_lambda 1 the advantage is the return minus the value,
+    with 0 the one-step error.
+    """
+    values_BR = jnp.where(mask_BR > 0, values_BR, 0.0).astype(jnp.float32)
+    rewards_BR = jnp.where(mask_BR > 0, rewards_BR, 0.0).astype(jnp.float32)
+    next_values_BR = jnp.pad(values_BR[:, 1:], ((0, 0), (0, 1)))
+    errors_BR = rewards_BR + discount * next_values_BR - values_BR
+
+    def backwards(advantage_B, error_B):
+        advantage_B = error_B + discount * gae_lambda * advantage_B
+        return advantage_B, advantage_B
+
+    start_B = jnp.zeros(rewards_BR.shape[:1], jnp.float32)
+    _, advantages_RB = jax.lax.scan(backwards, start_B, errors_BR.T, reverse=True)
+    advantages_BR = jnp.where(mask_BR > 0, advantages_RB.T, 0.0)
+    return advantages_BR, advantages_BR + values_BR
+
+
+def clipped_policy_loss(ratio: jax.Array, advantages: jax.Array, clip: float) -> jax.Array:
+    """PPO's pessimistic bound at each token (Schulman et al. 2017, eq. 7), to be minimised."""
+    bounded = jnp.clip(ratio, 1 - clip, 1 + clip)
+    return jnp.maximum(-advantages * ratio, -advantages * bounded)
+
+
+def clipped_value_loss(
+    values: jax.Array, old_values: jax.Array, returns: jax.Array, clip: float
+) -> jax.Array:
+    """Half the squared error at each token, the larger of those with and without the bound.
+
+    The bound keeps the value within `clip` of what it was at the rollout.
+    """
+    bounded = old_values + jnp.clip(values - old_values, -clip, clip)
+    return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(bounded - returns))

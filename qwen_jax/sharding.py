@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -126,6 +127,21 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or math.prod(mesh.shape.values()) == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec_of(axes))
+
+
+def split_rows(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] as [parts, B / parts, ...], every part spread over all devices.
+
+    Row i goes to part i mod parts: contiguous parts would each lie on a few devices only.
+    """
+    split = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+    return constrain(split, "microbatch", "batch", *(None,) * (x.ndim - 1))
+
+
+def join_rows(x: jax.Array) -> jax.Array:
+    """The inverse of `split_rows`."""
+    joined = jnp.moveaxis(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+    return constrain(joined, "batch", *(None,) * (joined.ndim - 1))
 
 
 def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:

@@ -210,9 +210,16 @@ def _resolve_backend(cfg: Config, mesh: jax.sharding.Mesh, log: Callable) -> Con
 def _check_mesh(cfg: Config, mesh: jax.sharding.Mesh) -> None:
     rows = cfg.data.batch_size // cfg.train.num_microbatches
     model = cfg.model
+    sizes = {}
+    if cfg.ppo is not None:
+        sizes["ppo.queries"] = ("batch", cfg.ppo.queries)
+        if cfg.ppo.pretrain_rows:
+            part = cfg.ppo.pretrain_rows // cfg.train.num_microbatches
+            sizes["ppo.pretrain_rows / train.num_microbatches"] = ("batch", part)
     sharding.check_divisible(
         mesh,
-        {
+        sizes
+        | {
             "data.batch_size / train.num_microbatches": ("batch", rows),
             "model.num_heads": ("heads", model.num_heads),
             "model.num_kv_heads": ("kv_heads", model.num_kv_heads),

@@ -25,7 +25,7 @@ class DeviceBatches:
 
     def __init__(self, rows: VirtualShardBatches, mesh: jax.sharding.Mesh, fields: tuple[str, ...]):
         self.rows, self._fields = rows, fields
-        self._sharding = sharding.sharding_of(mesh, ("batch", None))
+        self._sharding = sharding.sharding_of(mesh, ("batch",))
 
     def next(self, state: Any) -> dict[str, jax.Array]:
         """The next global batch; the state plays no part."""
@@ -65,7 +65,7 @@ def process_placement(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, in
     Raises:
       ValueError: the rows of this process's devices are not one contiguous block.
     """
-    where = sharding.sharding_of(mesh, ("batch", None))
+    where = sharding.sharding_of(mesh, ("batch",))
     slices = {
         indices[0].indices(batch_size)[:2]
         for indices in where.addressable_devices_indices_map((batch_size, 1)).values()
@@ -82,7 +82,7 @@ def process_placement(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, in
 
 def to_devices(rows: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """Rows that every process holds in full, sharded over the mesh by their first dimension."""
-    where = sharding.sharding_of(mesh, ("batch", None))
+    where = sharding.sharding_of(mesh, ("batch",))
     return {
         name: jax.make_array_from_callback(array.shape, where, lambda index, a=array: a[index])
         for name, array in rows.items()

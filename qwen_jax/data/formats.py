@@ -228,8 +228,8 @@ def scored_sequence(
 class PromptFormat:
     """Questions that a policy answers, for PPO. Report section 3.2.2.
 
-    A row holds the prompt [P] padded on the left, so that every answer begins at the same place,
-    and its length []. Prompts longer than `prompt_len` are dropped and counted.
+    A row holds the prompt [P], padded on the right, and its length []. Prompts longer than
+    `prompt_len` are dropped and counted.
     """
 
     tokenizer: Any
@@ -267,7 +267,7 @@ class PromptFormat:
     def _row(self, document: Document) -> dict[str, np.ndarray]:
         length = len(document.tokens)
         tokens = np.full(self.prompt_len, self.tokenizer.end_of_text, np.int32)
-        tokens[self.prompt_len - length :] = document.tokens
+        tokens[:length] = document.tokens
         return {"prompt": tokens, "prompt_len": np.int32(length)}
 
 

@@ -42,14 +42,23 @@ def init_fn(cfg: ModelConfig) -> Callable:
 
 
 def position_scores(
-    params: Any, tokens_BL, positions_BL, segments_BL, cfg: ModelConfig, *, calibrated: bool
+    params: Any,
+    tokens_BL,
+    positions_BL,
+    segments_BL,
+    cfg: ModelConfig,
+    *,
+    calibrated: bool,
+    adapters: Any = None,
 ) -> jax.Array:
     """The score [B, L] at every position, float32; segments_BL: 0 marks padding, None: no padding.
 
-    calibrated: with gain and bias applied.
+    calibrated: with gain and bias applied. adapters: as the model applies them.
     """
     model = Transformer(cfg, lm_head=False)
-    hidden_BLD, _ = model.apply({"params": params[MODEL]}, tokens_BL, positions_BL, segments_BL)
+    hidden_BLD, _ = model.apply(
+        {"params": params[MODEL]}, tokens_BL, positions_BL, segments_BL, adapters=adapters
+    )
     kernel_D = params[SCORE]["kernel"].astype(jnp.float32)
     # The head is float32 in every run: bfloat16 would round scores to steps of a hundredth.
     scores_BL = jnp.einsum("bld,d->bl", hidden_BLD.astype(jnp.float32), kernel_D)

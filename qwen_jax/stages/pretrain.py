@@ -38,16 +38,22 @@ def loss_fn(cfg: ModelConfig, dropout: float = 0.0, weights: Weights = ALL) -> C
     """
 
     def loss(params, batch, key):
-        params, adapters = weights.split(params)
         dropout_key = None if key is None or dropout == 0 else subkey(key, "dropout")
-        hidden_BLD = apply_model(params, batch, cfg, adapters, dropout, dropout_key)
-        weights_BL = batch["loss_mask"].astype(jnp.float32)
-        total = cross_entropy_sum(
-            hidden_BLD, head_matrix(params, cfg), batch["targets"], weights_BL, cfg.loss_chunk
-        )
-        return (total, jnp.sum(weights_BL)), {}
+        total = text_loss(*weights.split(params), batch, cfg, dropout, dropout_key)
+        return (total, jnp.sum(batch["loss_mask"].astype(jnp.float32))), {}
 
     return loss
+
+
+def text_loss(
+    params, adapters, batch: dict[str, jax.Array], cfg: ModelConfig, dropout=0.0, key=None
+) -> jax.Array:
+    """Negative log-likelihood in nats of all targets of a batch, weighted by its loss mask."""
+    hidden_BLD = apply_model(params, batch, cfg, adapters, dropout, key)
+    weights_BL = batch["loss_mask"].astype(jnp.float32)
+    return cross_entropy_sum(
+        hidden_BLD, head_matrix(params, cfg), batch["targets"], weights_BL, cfg.loss_chunk
+    )
 
 
 def apply_model(

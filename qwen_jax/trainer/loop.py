@@ -25,6 +25,8 @@ from qwen_jax.trainer.stage import Stage
 from qwen_jax.trainer.state import TrainState
 from qwen_jax.trainer.step import make_train_step
 
+SHOWN_SAMPLES = 4
+
 
 class NonFiniteError(RuntimeError):
     """Too many updates in a row were skipped because loss or gradient was not finite."""
@@ -234,10 +236,11 @@ class _Reporter:
         return scores
 
     def sample(self, step: int, state: TrainState) -> None:
-        """Shows continuations of the prompts."""
+        """Shows the first continuations of the prompts and records them all."""
         began = time.perf_counter()
-        for prompt, continuation in self._stage.samples(state):
-            self._say(f"step {step} sample: {prompt!r} -> {continuation!r}")
+        for number, (prompt, continuation) in enumerate(self._stage.samples(state)):
+            if number < SHOWN_SAMPLES:
+                self._say(f"step {step} sample: {prompt!r} -> {continuation!r}")
             self._writer.write_text(step, "sample", f"{prompt}**{continuation}**")
             self._writer.write(step, {"sample_prompt": prompt, "sample": continuation})
         self._paused += time.perf_counter() - began

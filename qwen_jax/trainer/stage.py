@@ -56,7 +56,7 @@ class Stage(NamedTuple):
     evaluate: state -> floats to log, on the host.
     samples: state -> list of (prompt, continuation) to show.
     tokens_per_batch, flops_per_batch: for throughput and model FLOPs utilisation.
-    trained: top-level names of the parameters that have gradients and moments; None: all of them.
+    trained: dotted names of the parameters that have gradients and moments; None: all of them.
         The rest (a reference policy, the base under adapters) are in the state and stay as they
         are, bit for bit.
     check: (step, metrics of the step) -> None; raises `StageError` when they cannot be right.

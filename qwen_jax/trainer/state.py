@@ -29,8 +29,28 @@ def subkey(key: jax.Array, name: str) -> jax.Array:
 
 
 def trained_part(params: Any, trained: tuple[str, ...] | None) -> Any:
-    """The parameters that are trained: those under the names, all without names."""
-    return params if trained is None else {name: params[name] for name in trained}
+    """The parameters that are trained: those under the dotted names, all without names."""
+    if trained is None:
+        return params
+    part: dict[str, Any] = {}
+    for name in trained:
+        *groups, last = name.split(".")
+        source, target = params, part
+        for group in groups:
+            source, target = source[group], target.setdefault(group, {})
+        target[last] = source[last]
+    return part
+
+
+def with_trained(params: Any, part: Any, trained: tuple[str, ...] | None) -> Any:
+    """The parameters with those that are trained replaced: the inverse of `trained_part`."""
+    if trained is None:
+        return part
+    whole = dict(params)
+    for first in dict.fromkeys(name.split(".")[0] for name in trained):
+        inner = tuple(name.split(".", 1)[1] for name in trained if name.startswith(first + "."))
+        whole[first] = with_trained(params[first], part[first], inner or None)
+    return whole
 
 
 def init_state(

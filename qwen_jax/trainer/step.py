@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qwen_jax.sharding import constrain
+from qwen_jax.sharding import split_rows
 from qwen_jax.trainer.stage import Stage
-from qwen_jax.trainer.state import TrainState, trained_part
+from qwen_jax.trainer.state import TrainState, trained_part, with_trained
 
 
 def make_train_step(stage: Stage, num_microbatches: int) -> Callable:
@@ -29,7 +29,7 @@ def make_train_step(stage: Stage, num_microbatches: int) -> Callable:
         trained = trained_part(state.params, stage.trained)
 
         def whole(params):
-            return params if stage.trained is None else state.params | params
+            return with_trained(state.params, params, stage.trained)
 
         def loss_fn(params, microbatch, microbatch_key):
             return stage.loss(whole(params), microbatch, microbatch_key)
@@ -54,6 +54,8 @@ def make_train_step(stage: Stage, num_microbatches: int) -> Callable:
             "weight": weight,
             "skipped": 1 - finite.astype(jnp.int32),
         }
+        if stage.trained is not None:
+            report |= {f"grad_norm/{name}": optax.tree.norm(grads[name]) for name in grads}
         return TrainState(state.step + 1, params, opt_state, state.key), report
 
     return step
@@ -72,7 +74,7 @@ def _accumulate(loss_fn: Callable, params: Any, batch: dict, key: jax.Array, num
 
     if num_microbatches == 1:
         return one(batch, jax.random.fold_in(key, 0))
-    parts = jax.tree.map(lambda x: _split_rows(x, num_microbatches), batch)
+    parts = jax.tree.map(lambda x: split_rows(x, num_microbatches), batch)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_microbatches))
     first = jax.tree.map(lambda x: x[0], (parts, keys))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *first))
@@ -81,15 +83,6 @@ def _accumulate(loss_fn: Callable, params: Any, batch: dict, key: jax.Array, num
         return jax.tree.map(jnp.add, total, one(*part)), None
 
     return jax.lax.scan(add, zeros, (parts, keys))[0]
-
-
-def _split_rows(x: jax.Array, parts: int) -> jax.Array:
-    """[B, ...] as [parts, B / parts, ...], every part spread over all devices.
-
-    Row i goes to part i mod parts: contiguous parts would each lie on a few devices only.
-    """
-    split = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
-    return constrain(split, "microbatch", "batch", *(None,) * (x.ndim - 1))
 
 
 def _where(condition: jax.Array, chosen: Any, other: Any) -> Any:
