@@ -24,7 +24,8 @@ def parse(values: flags.FlagValues, argv: Sequence[str], about: str) -> None:
     """Reads the command line into the flags; `--help` prints `about` and the flags, and exits.
 
     Raises:
-      ValueError: a flag that does not exist, a wrong value, a stray argument, or no checkpoint.
+      ValueError: a flag that does not exist, a wrong value, a stray argument, or no checkpoint
+        where the flags have one.
     """
     try:
         rest = values(argv)[1:]
@@ -34,5 +35,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str], about: str) -> None:
     if values.help:
         print(f"{about}\n{values.main_module_help()}")
         sys.exit(0)
-    if rest or not values.checkpoint:
-        raise ValueError(f"--checkpoint=DIR is needed, and no other arguments; got {rest}")
+    if "checkpoint" in values and not values.checkpoint:
+        raise ValueError("--checkpoint=DIR is needed")
+    if rest:
+        raise ValueError(f"only flags are understood, --name=value; got {rest}")

@@ -93,9 +93,10 @@ def make_stage(
 
     def samples(state):
         rows = asked(state).rows
+        names = ("tokens", "segments", "mask", "ended")
         return [
-            _texts(tokens, segments, mask, ppo.prompt_len, tokenizer)
-            for tokens, segments, mask in zip(rows["tokens"], rows["segments"], rows["mask"])
+            _texts(*row, prompt_len=ppo.prompt_len, tokenizer=tokenizer)
+            for row in zip(*(rows[name] for name in names))
         ]
 
     answers, seq_len = run.batch_shape
@@ -120,11 +121,13 @@ def make_stage(
     )
 
 
-def _texts(tokens, segments, mask, prompt_len: int, tokenizer: Tokenizer) -> tuple[str, str]:
-    """Prompt and answer as text; the control tokens of the prompt stay visible."""
+def _texts(
+    tokens, segments, mask, ended, *, prompt_len: int, tokenizer: Tokenizer
+) -> tuple[str, str]:
+    """Prompt and answer as text; control tokens of the prompt stay visible, a cut ends with `…`."""
     prompt = tokens[:prompt_len][segments[:prompt_len] == 1]
-    answer = tokens[prompt_len:][mask > 0]
-    return tokenizer.decode(prompt.tolist()), tokenizer.decode(answer.tolist(), skip_special=True)
+    answer = tokenizer.decode(tokens[prompt_len:][mask > 0].tolist(), skip_special=True)
+    return tokenizer.decode(prompt.tolist()), answer if ended else answer + "…"
 
 
 def _probe_fn(model: ModelConfig, nets: Networks) -> Callable:
