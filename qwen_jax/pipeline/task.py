@@ -1,4 +1,4 @@
-"""The task of the pipeline: sums and differences asked in ChatML, answered exactly and then ended.
+"""The task of the pipeline: what comes before or after a sign, asked in ChatML.
 
 Its truth can be computed, so the learned reward can be held against it. The data are made to have
 the faults of real ones: demonstrations are right less than half of the time and often talk too
@@ -11,33 +11,44 @@ import hashlib
 import json
 import random
 import re
+import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qwen_jax.text.chatml import ASSISTANT, USER
 
-LARGEST = 19
+SERIES = (string.ascii_lowercase, string.ascii_uppercase, string.digits)
+STEPS = {"right after": 1, "right before": -1, "two after": 2, "two before": -2}
 HELDOUT_ONE_IN = 5
-_QUESTION = re.compile(r"(\d+) ([+-]) (\d+) = \?")
+_QUESTION = re.compile(rf"What comes ({'|'.join(STEPS)}) (\w)\?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A sum or a difference of two numbers of 0 to `LARGEST`."""
+    """A place in one of the `SERIES`, so many steps from a sign."""
 
-    left: int
+    steps: str
     sign: str
-    right: int
 
     @property
     def question(self) -> str:
         """What the user says."""
-        return f"{self.left} {self.sign} {self.right} = ?"
+        return f"What comes {self.steps} {self.sign}?"
+
+    @property
+    def series(self) -> str:
+        """The series that holds the sign."""
+        return next(series for series in SERIES if self.sign in series)
 
     @property
     def answer(self) -> str:
         """The only right answer."""
-        return str(self.left + self.right if self.sign == "+" else self.left - self.right)
+        return self.series[self.series.index(self.sign) + STEPS[self.steps]]
+
+    @property
+    def fact(self) -> str:
+        """Question and answer in one sentence, as texts state it."""
+        return f"{self.steps} {self.sign} comes {self.answer}"
 
     @property
     def heldout(self) -> bool:
@@ -48,8 +59,13 @@ class Problem:
 
 def problems(heldout: bool | None = None) -> list[Problem]:
     """All problems, or those on one side of the split."""
-    numbers = range(LARGEST + 1)
-    every = [Problem(a, sign, b) for sign in "+-" for a in numbers for b in numbers]
+    every = [
+        Problem(steps, series[place])
+        for steps, offset in STEPS.items()
+        for series in SERIES
+        for place in range(len(series))
+        if 0 <= place + offset < len(series)
+    ]
     return [p for p in every if heldout is None or p.heldout == heldout]
 
 
@@ -64,18 +80,17 @@ def true_reward(conversation: str, answer: str, ended: bool) -> float:
     match = _QUESTION.search(conversation)
     if match is None:
         raise ValueError(f"no question in {conversation!r}")
-    left, sign, right = match.groups()
-    return float(ended and answer == Problem(int(left), sign, int(right)).answer)
+    return float(ended and answer == Problem(*match.groups()).answer)
 
 
 def wrong(problem: Problem, rng: random.Random) -> str:
-    """An answer a little off."""
-    return str(int(problem.answer) + rng.choice((-3, -2, -1, 1, 2, 3)))
+    """Another sign of the same series."""
+    return rng.choice(problem.series.replace(problem.answer, ""))
 
 
 def verbose(problem: Problem, answer: str) -> str:
     """The answer with more words than were asked for."""
-    return f"{answer}, because {problem.left} {problem.sign} {problem.right} is {answer}"
+    return f"{answer}, because {problem.steps} {problem.sign} comes {answer}"
 
 
 def demonstrations(rng: random.Random) -> Iterator[dict]:
@@ -125,9 +140,7 @@ def facts(rng: random.Random) -> Iterator[dict]:
     """Documents of pretraining: what is true, in lines. All problems occur."""
     pool = problems()
     while True:
-        chosen = [rng.choice(pool) for _ in range(12)]
-        lines = [f"{p.left} {p.sign} {p.right} = {p.answer}" for p in chosen]
-        yield {"text": "\n".join(lines) + "\n"}
+        yield {"text": "".join(rng.choice(pool).fact + "\n" for _ in range(12))}
 
 
 def write_data(folder: Path, seed: int) -> None:
