@@ -14,7 +14,13 @@ from qwen_jax import loading
 from qwen_jax.config import Config, ModelConfig
 from qwen_jax.data import heldout as heldout_lib
 from qwen_jax.data.batch import process_placement
-from qwen_jax.data.formats import ConversationFormat, PromptFormat, RowFormat, TextFormat
+from qwen_jax.data.formats import (
+    ConversationFormat,
+    PreferenceFormat,
+    PromptFormat,
+    RowFormat,
+    TextFormat,
+)
 from qwen_jax.data.pipelines import VirtualShardBatches
 from qwen_jax.data.sources import open_sources
 from qwen_jax.text import tokenizer as tokenizer_lib
@@ -114,6 +120,16 @@ def conversation_format(cfg: Config, tokenizer: tokenizer_lib.Tokenizer) -> Conv
     return ConversationFormat(
         tokenizer, cfg.data.seq_len, loss_mask=cfg.chat.loss_mask, system=cfg.chat.system
     )
+
+
+def preference_format(cfg: Config, tokenizer: tokenizer_lib.Tokenizer) -> PreferenceFormat:
+    """Rows of pairs as `chat` and `reward` say.
+
+    Raises:
+      ValueError: see `end_token_id`.
+    """
+    end_token = end_token_id(tokenizer, cfg.reward.end_token)
+    return PreferenceFormat(tokenizer, cfg.data.seq_len, cfg.chat.system, end_token)
 
 
 def training_rows(
@@ -249,6 +265,20 @@ def compare_probes(
             f"{worst:.2g}): the files or the settings of the model are not those of that run"
         )
     return worst
+
+
+def check_end_token(setting: str, found: loading.Checkpoint, end_token: str) -> None:
+    """Refuses a reward model whose score is read at another token than this run's.
+
+    Raises:
+      ValueError: it is.
+    """
+    theirs = found.meta["config"]["reward"]["end_token"]
+    if theirs != end_token:
+        raise ValueError(
+            f"{setting} = {str(found.step_dir)!r} reads its score at {theirs}, this run at "
+            f"{end_token}; set reward.end_token to {theirs}"
+        )
 
 
 def end_token_id(tokenizer: tokenizer_lib.Tokenizer, name: str) -> int:
