@@ -136,11 +136,9 @@ def _say_epochs(cfg: Config, rows: VirtualShardBatches, log: Callable) -> None:
     """Tells how often the pairs are seen: the report trains on each of them once."""
     records, batch_size = rows.num_records(), cfg.data.batch_size
     epochs = cfg.train.steps * batch_size / records
-    once = f"one epoch of {records} records is {max(records // batch_size, 1)} steps"
+    once = f"one epoch of {records} records, if all are good, is {records // batch_size} steps"
     warning = "warning: " if epochs > 1.01 else ""
-    log(
-        f"{warning}train.steps = {cfg.train.steps} is {epochs:.2f} epochs; {once} (skipped ones not counted)"
-    )
+    log(f"{warning}train.steps = {cfg.train.steps} is {epochs:.2f} epochs; {once}")
 
 
 def _ppo(cfg: Config, mesh, tokenizer: Tokenizer, log: Callable) -> Assembled:

@@ -186,10 +186,8 @@ def load_heldout(
         rows = heldout_lib.heldout_rows(source, row_format, limit)
         scored.append((source.name, rows))
         left_out = f", left out {rows.skipped}" if rows.skipped else ""
-        log(
-            f"held-out {source.name}: {rows.num_documents} documents, {rows.num_bytes} bytes"
-            + left_out
-        )
+        size = f", {rows.num_bytes} bytes" if is_text else ""
+        log(f"held-out {source.name}: {rows.num_documents} documents{size}{left_out}")
     if is_text and len(sources) == 1 and sources[0].kind != "arrayrecord":
         gzip = heldout_lib.gzip_bits_per_byte(sources[0], limit)
     return Heldout(scored, gzip)

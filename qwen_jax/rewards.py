@@ -46,6 +46,11 @@ class RewardModel:
     seq_len: int
     mesh: jax.sharding.Mesh | None = None
 
+    @property
+    def gain(self) -> float:
+        """By what scores were multiplied when they were calibrated."""
+        return float(self.params[scalar.CALIBRATION]["gain"])
+
     def __call__(self, messages: Any, answer: str) -> float:
         """The score of one answer; see `scores`."""
         return float(self.scores([(messages, answer)], batch_size=1)[0])

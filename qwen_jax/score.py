@@ -3,9 +3,9 @@
 A line of the data holds messages (`messages`, `conversations` or `prompt`) and either `responses`,
 a list of texts to be ranked, or a pair `chosen` and `rejected`. Each becomes the same line with
 `scores`, `ranking` (places in the list, best first), `answer_tokens`, `index` and `settings` (their
-digest), or with `skipped`, the reason. Of pairs, the command ends with accuracy, calibration and the
-pull of length, which `--report` writes as JSON and `--plot` draws. The same command goes on with a
-file it has begun.
+digest), or with `skipped`, the reason. Of pairs, the command ends with accuracy, calibration and
+the pull of length, which `--report` writes as JSON and `--plot` draws. The same command goes on
+with a file it has begun.
 
     --calibrate=POLICY --prompts=FILE.jsonl --out=DIR
 
@@ -13,6 +13,8 @@ instead writes the reward model again with the gain and bias that give the answe
 mean 0 and deviation 1. Exit codes: 0 done, 2 a wrong setting or file.
 """
 
+import collections
+import dataclasses
 import functools
 import hashlib
 import json
@@ -76,7 +78,7 @@ def score_file(model: rewards.RewardModel, values: flags.FlagValues) -> None:
                 file.write(json.dumps(head | scored, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(part))
-    _report(out, values)
+    _report(out, model.gain, values)
 
 
 def _scored(model: rewards.RewardModel, lines: Sequence[str], batch_size: int) -> Iterator[dict]:
@@ -141,21 +143,18 @@ def resume(out: Path, lines: Sequence[str], settings: str) -> int:
     return done
 
 
-def _report(out: Path, values: flags.FlagValues) -> None:
+def _report(out: Path, gain: float, values: flags.FlagValues) -> None:
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    skipped: dict[str, int] = {}
-    for row in rows:
-        if "skipped" in row:
-            skipped[row["skipped"]] = (
-                skipped[row["skipped"]] + 1 if row["skipped"] in skipped else 1
-            )
+    skipped = collections.Counter(row["skipped"] for row in rows if "skipped" in row)
     pairs = [row for row in rows if "paired" in row and row["paired"]]
-    print(f"{len(rows)} lines, {len(pairs)} pairs, skipped {skipped or 'none'}; written: {out}")
+    print(f"{len(rows)} lines, {len(pairs)} pairs, skipped {dict(skipped)}; written: {out}")
     if not pairs:
         return
     scores, lengths = (
         np.array([row[name] for row in pairs]) for name in ("scores", "answer_tokens")
     )
+    # The loss is that of the scores as they were trained; a gain would make the model look surer.
+    scores = scores / gain
     figures: dict[str, Any] = preferences.report(scores, lengths, [values.data] * len(pairs))
     figures = {name.removeprefix("heldout_"): value for name, value in figures.items()}
     for name, value in figures.items():
@@ -181,21 +180,19 @@ def calibrate(model: rewards.RewardModel, values: flags.FlagValues) -> None:
     policy = api.load(values.calibrate, dtype=values.dtype)
     if policy.tokenizer.sha256 != model.tokenizer.sha256:
         raise ValueError(
-            f"--calibrate={values.calibrate}: its tokenizer is {policy.tokenizer.sha256[:12]}, that "
-            f"of the reward model {model.tokenizer.sha256[:12]}"
+            f"--calibrate={values.calibrate}: its tokenizer is {policy.tokenizer.sha256[:12]}, "
+            f"that of the reward model {model.tokenizer.sha256[:12]}"
         )
     asked = [parse_prompt(line) for line in _lines(Path(values.prompts))]
-    scores = policy_scores(model, policy, asked, values)
-    old = model.params
-    # The gain and bias that the checkpoint has already are in these scores.
+    # The gain and bias that the checkpoint may have already play no part.
+    plain = dataclasses.replace(model, params=reward.calibrated(model.params, 1.0, 0.0))
+    scores = policy_scores(plain, policy, asked, values)
     gain, bias = reward.calibration_of(scores)
-    before_gain, before_bias = (float(old["calibration"][name]) for name in ("gain", "bias"))
-    params = reward.calibrated(old, gain * before_gain, gain * before_bias + bias)
+    params = reward.calibrated(model.params, gain, bias)
     _write(target, loading.open_checkpoint(values.checkpoint, values.tokenizer), params)
     print(
-        f"{len(scores)} answers: mean {scores.mean():.4f}, deviation {scores.std():.4f} become 0 "
-        f"and 1 with gain {gain * before_gain:.4f} and bias {gain * before_bias + bias:.4f}\n"
-        f"written: {target}"
+        f"{len(scores)} answers: mean {scores.mean():.4f} and deviation {scores.std():.4f} become "
+        f"0 and 1 with gain {gain:.4f} and bias {bias:.4f}\nwritten: {target}"
     )
 
 

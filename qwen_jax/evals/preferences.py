@@ -8,7 +8,7 @@ always comes first, the share of first places won would be 1 at every probabilit
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -125,10 +125,8 @@ def calibration_error(rows: Sequence[Reliability]) -> float:
     return sum(row.num_pairs * abs(row.accuracy - row.confidence) for row in rows) / total
 
 
-def plot(
-    scores_P2: np.ndarray, answer_lengths_P2: np.ndarray, path: Path, title: str
-) -> dict[str, Any]:
-    """Draws reliability, and score against length, into a PNG; returns what was drawn of the bins."""
+def plot(scores_P2: np.ndarray, answer_lengths_P2: np.ndarray, path: Path, title: str) -> None:
+    """Draws reliability, and score against length, into a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -152,4 +150,3 @@ def plot(
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
-    return {"reliability": [row._asdict() for row in bins]}

@@ -2,9 +2,9 @@
 
 The score of an answer is read at its end token (`model/scalar.py`); the loss of a pair is
 -log sigmoid(score of the chosen - score of the rejected), after Bradley and Terry. The report names
-no loss; this is the usual one. Preference-model pretraining and the reward model itself are two runs
-of this stage with other data. Nothing is dropped out: noise in a difference of two scores is noise
-in what is learnt from it.
+no loss; this is the usual one. Preference-model pretraining and the reward model itself are two
+runs of this stage with other data. Nothing is dropped out: the report does not ask for it, and two
+sequences under two masks would differ by more than their answers.
 """
 
 import functools

@@ -6,7 +6,8 @@ One JSON object per record. A conversation is either of
     {"conversations": [{"from": "human", "value": "..."}, ...], "system": "..."}    ShareGPT
     {"instruction": "...", "input": "...", "output": "..."}                         Alpaca
 
-(an `input` follows its instruction after a newline). A preference adds what was preferred to the messages that both answers follow:
+where an `input` follows its instruction after a newline. A preference adds what was preferred to
+the messages that both answers follow:
 
     {"messages" or "conversations" or "prompt": ..., "chosen": ..., "rejected": ...}
 

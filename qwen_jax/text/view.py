@@ -101,7 +101,7 @@ def _runs(tokenizer: Tokenizer, rendered: chatml.Rendered) -> Iterator[tuple[lis
 
 
 def visible(text: str) -> str:
-    """The text with every character that is no picture written as its number, but newlines and tabs."""
+    """The text with characters that are no picture as numbers; newlines and tabs stay."""
     return "".join(
         _number(char) if unicodedata.category(char) in _UNSEEN and char not in "\n\t" else char
         for char in text
