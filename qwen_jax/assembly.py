@@ -233,8 +233,8 @@ def _four_models(cfg: Config, policy, reward, abstract, fresh, log: Callable) ->
         base = take_over(policy, abstract[POLICY][BASE], fresh[POLICY][BASE], cfg, log)
         params[POLICY] = fresh[POLICY] | {BASE: base}
     jax.tree.map(lambda leaf: leaf.delete(), fresh[REWARD])
-    params[REWARD] = loading.restore.restore_params(reward.step_dir, abstract[REWARD])
-    log(f"reward model from {reward.step_dir}")
+    params[REWARD] = loading.restore_reward(reward, abstract[REWARD])
+    _check_probe(reward, reward_stage.probe_fn(cfg.model), params[REWARD], cfg, log)
     return params
 
 
