@@ -16,8 +16,10 @@ from qwen_jax.config import Config
 from qwen_jax.data.batch import SEGMENTED_FIELDS, STREAM_FIELDS, DeviceBatches
 from qwen_jax.data.formats import PromptFormat
 from qwen_jax.data.pipelines import VirtualShardBatches
+from qwen_jax.model import scalar
 from qwen_jax.model.adapters import BASE
 from qwen_jax.stages import ppo_stage, pretrain, sft
+from qwen_jax.stages import reward as reward_stage
 from qwen_jax.stages.experience import Ends
 from qwen_jax.stages.networks import (
     POLICY,
@@ -107,6 +109,36 @@ def _fine_tuning(cfg: Config, mesh, tokenizer: Tokenizer, log: Callable) -> Asse
         system=cfg.chat.system,
     )
     return Assembled(stage, rows, None, _from_earlier(cfg, tokenizer, log))
+
+
+def _reward_skeleton(cfg: Config) -> Skeleton:
+    tx = make_optimizer(cfg.optimizer, make_schedule(cfg.optimizer, cfg.train.steps))
+    return Skeleton(scalar.init_fn(cfg.model), tx, scalar.TRAINED)
+
+
+def _reward_modelling(cfg: Config, mesh, tokenizer: Tokenizer, log: Callable) -> Assembled:
+    row_format = inputs.preference_format(cfg, tokenizer)
+    heldout = inputs.load_heldout(cfg, tokenizer, row_format, log)
+    rows = inputs.training_rows(cfg, mesh, tokenizer, row_format)
+    _say_epochs(cfg, rows, log)
+    run = reward_stage.RewardRun(
+        total_steps=cfg.train.steps,
+        batch_shape=(cfg.data.batch_size, cfg.data.seq_len),
+        heldout=heldout.sources,
+        pairs_per_evaluation=cfg.data.batch_size // cfg.train.num_microbatches,
+    )
+    batches = DeviceBatches(rows, mesh, reward_stage.FIELDS)
+    stage = reward_stage.make_stage(cfg.model, cfg.optimizer, batches, mesh, run)
+    return Assembled(stage, rows, None, _reward_from_earlier(cfg, mesh, tokenizer, log))
+
+
+def _say_epochs(cfg: Config, rows: VirtualShardBatches, log: Callable) -> None:
+    """Tells how often the pairs are seen: the report trains on each of them once."""
+    records, batch_size = rows.num_records(), cfg.data.batch_size
+    epochs = cfg.train.steps * batch_size / records
+    once = f"one epoch of {records} records, if all are good, is {records // batch_size} steps"
+    warning = "warning: " if epochs > 1.01 else ""
+    log(f"{warning}train.steps = {cfg.train.steps} is {epochs:.2f} epochs; {once}")
 
 
 def _ppo(cfg: Config, mesh, tokenizer: Tokenizer, log: Callable) -> Assembled:
@@ -201,8 +233,8 @@ def _four_models(cfg: Config, policy, reward, abstract, fresh, log: Callable) ->
         base = take_over(policy, abstract[POLICY][BASE], fresh[POLICY][BASE], cfg, log)
         params[POLICY] = fresh[POLICY] | {BASE: base}
     jax.tree.map(lambda leaf: leaf.delete(), fresh[REWARD])
-    params[REWARD] = loading.restore.restore_params(reward.step_dir, abstract[REWARD])
-    log(f"reward model from {reward.step_dir}")
+    params[REWARD] = loading.restore_reward(reward, abstract[REWARD])
+    _check_probe(reward, reward_stage.probe_fn(cfg.model), params[REWARD], cfg, log)
     return params
 
 
@@ -214,11 +246,13 @@ def _ppo_skeleton(cfg: Config) -> Skeleton:
 STAGES: dict[str, Callable[..., Assembled]] = {
     "pretrain": _pretraining,
     "sft": _fine_tuning,
+    "reward": _reward_modelling,
     "ppo": _ppo,
 }
 _SKELETONS: dict[str, Callable[[Config], Skeleton]] = {
     "pretrain": _language_model,
     "sft": _language_model,
+    "reward": _reward_skeleton,
     "ppo": _ppo_skeleton,
 }
 
@@ -260,12 +294,48 @@ def take_over(found: loading.Checkpoint, abstract, fresh, cfg: Config, log: Call
     # The fresh weights must go first: two copies of a large model do not fit.
     jax.tree.map(lambda leaf: leaf.delete(), fresh)
     params = loading.restore_model(found, abstract)
+    _check_probe(found, pretrain.probe_fn(cfg.model), params, cfg, log)
+    return params
+
+
+def _check_probe(found: loading.Checkpoint, probe: Callable, params, cfg: Config, log) -> None:
+    """Compares what a restored model answers with what it answered when it was saved."""
     if "probe" not in found.meta:
         log(f"parameters from {found.step_dir}; it saved no probe to compare with")
-        return params
-    here = pretrain.probe_fn(cfg.model)(params)
+        return
     worst = inputs.compare_probes(
-        str(found.step_dir), found.meta["probe"], here, cfg.model.compute_dtype
+        str(found.step_dir), found.meta["probe"], probe(params), cfg.model.compute_dtype
     )
-    log(f"parameters from {found.step_dir}; its saved log-probabilities differ by {worst:.1e}")
-    return params
+    log(f"parameters from {found.step_dir}; what it answered when saved differs by {worst:.1e}")
+
+
+def _reward_from_earlier(cfg: Config, mesh, tokenizer: Tokenizer, log: Callable) -> Callable | None:
+    """Begins with a language model, whose head is dropped, or with a reward model, head and all."""
+    if not cfg.init_from:
+        return None
+    found = inputs.open_earlier("init_from", cfg.init_from, cfg.model, tokenizer)
+    if found.stage == "reward":
+        inputs.check_end_token("init_from", found, cfg.reward.end_token)
+
+    def start(abstract, fresh):
+        if found.stage == "reward":
+            return take_over_reward(found, abstract, fresh, cfg, log)
+        # With its head, so that its answers can be compared with those it saved.
+        whole = loading.abstract_params(cfg.model, mesh)
+        model = take_over(found, whole, fresh[scalar.MODEL], cfg, log)
+        return fresh | {scalar.MODEL: {name: model[name] for name in abstract[scalar.MODEL]}}
+
+    return start
+
+
+def take_over_reward(found: loading.Checkpoint, abstract, fresh, cfg: Config, log) -> Any:
+    """The reward model of a checkpoint in place of a fresh one; its gain and bias start anew.
+
+    Raises:
+      ValueError: as `take_over`.
+    """
+    jax.tree.map(lambda leaf: leaf.delete(), fresh)
+    params = loading.restore_reward(found, abstract)
+    _check_probe(found, reward_stage.probe_fn(cfg.model), params, cfg, log)
+    # They belong to the scores before this training.
+    return reward_stage.calibrated(params, gain=1.0, bias=0.0)

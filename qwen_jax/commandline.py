@@ -7,7 +7,14 @@ from absl import flags
 
 
 def model_flags() -> flags.FlagValues:
-    """New flags that name a model: what `api.load` takes, and `--help`."""
+    """New flags that name a language model: what `api.load` takes, and `--help`."""
+    values = checkpoint_flags()
+    flags.DEFINE_string("subtree", "", "`policy` for a checkpoint of PPO", flag_values=values)
+    return values
+
+
+def checkpoint_flags() -> flags.FlagValues:
+    """New flags that name a checkpoint, and `--help`."""
     values = flags.FlagValues()
     own = {"flag_values": values}
     flags.DEFINE_string(
@@ -15,7 +22,6 @@ def model_flags() -> flags.FlagValues:
     )
     flags.DEFINE_string("dtype", "as_is", "of the parameters: as_is, float32 or bfloat16", **own)
     flags.DEFINE_string("tokenizer", "", "`official` or a file, instead of the model's own", **own)
-    flags.DEFINE_string("subtree", "", "`policy` for a checkpoint of PPO", **own)
     flags.DEFINE_bool("help", False, "shows this", **own)
     return values
 

@@ -394,8 +394,9 @@ class Config:
                 self.stage in ("sft", "ppo"), "lora", self.lora, f"not for stage {self.stage!r}"
             )
             require(self.init_from != "", "init_from", "", "adapters need weights to stand beside")
-        if self.ppo is not None:
-            self.ppo.check_run(self)
+        for group in (self.reward, self.ppo):
+            if group is not None:
+                group.check_run(self)
         require(
             self.data.batch_size % self.train.num_microbatches == 0,
             "train.num_microbatches",

@@ -39,6 +39,15 @@ class RewardConfig:
 
     end_token: str
 
+    def check_run(self, run: Any) -> None:
+        """Checks the settings of the whole run (a `Config`) against what the stage does.
+
+        Raises:
+          ValueError: names the setting.
+        """
+        fix = "must be 0: a reward model is trained without"
+        require(run.train.dropout == 0, "train.dropout", run.train.dropout, fix)
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:

@@ -14,7 +14,13 @@ from qwen_jax import loading
 from qwen_jax.config import Config, ModelConfig
 from qwen_jax.data import heldout as heldout_lib
 from qwen_jax.data.batch import process_placement
-from qwen_jax.data.formats import ConversationFormat, PromptFormat, RowFormat, TextFormat
+from qwen_jax.data.formats import (
+    ConversationFormat,
+    PreferenceFormat,
+    PromptFormat,
+    RowFormat,
+    TextFormat,
+)
 from qwen_jax.data.pipelines import VirtualShardBatches
 from qwen_jax.data.sources import open_sources
 from qwen_jax.text import tokenizer as tokenizer_lib
@@ -116,6 +122,16 @@ def conversation_format(cfg: Config, tokenizer: tokenizer_lib.Tokenizer) -> Conv
     )
 
 
+def preference_format(cfg: Config, tokenizer: tokenizer_lib.Tokenizer) -> PreferenceFormat:
+    """Rows of pairs as `chat` and `reward` say.
+
+    Raises:
+      ValueError: see `end_token_id`.
+    """
+    end_token = end_token_id(tokenizer, cfg.reward.end_token)
+    return PreferenceFormat(tokenizer, cfg.data.seq_len, cfg.chat.system, end_token)
+
+
 def training_rows(
     cfg: Config,
     mesh: jax.sharding.Mesh,
@@ -170,10 +186,8 @@ def load_heldout(
         rows = heldout_lib.heldout_rows(source, row_format, limit)
         scored.append((source.name, rows))
         left_out = f", left out {rows.skipped}" if rows.skipped else ""
-        log(
-            f"held-out {source.name}: {rows.num_documents} documents, {rows.num_bytes} bytes"
-            + left_out
-        )
+        size = f", {rows.num_bytes} bytes" if is_text else ""
+        log(f"held-out {source.name}: {rows.num_documents} documents{size}{left_out}")
     if is_text and len(sources) == 1 and sources[0].kind != "arrayrecord":
         gzip = heldout_lib.gzip_bits_per_byte(sources[0], limit)
     return Heldout(scored, gzip)
@@ -249,6 +263,20 @@ def compare_probes(
             f"{worst:.2g}): the files or the settings of the model are not those of that run"
         )
     return worst
+
+
+def check_end_token(setting: str, found: loading.Checkpoint, end_token: str) -> None:
+    """Refuses a reward model whose score is read at another token than this run's.
+
+    Raises:
+      ValueError: it is.
+    """
+    theirs = found.meta["config"]["reward"]["end_token"]
+    if theirs != end_token:
+        raise ValueError(
+            f"{setting} = {str(found.step_dir)!r} reads its score at {theirs}, this run at "
+            f"{end_token}; set reward.end_token to {theirs}"
+        )
 
 
 def end_token_id(tokenizer: tokenizer_lib.Tokenizer, name: str) -> int:

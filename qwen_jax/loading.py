@@ -20,7 +20,8 @@ from qwen_jax.hf import convert
 from qwen_jax.hf import tokenizer as tokenizer_lib
 from qwen_jax.hf.configs import Context
 from qwen_jax.hf.tokenizer import AnyTokenizer
-from qwen_jax.model.adapters import ADAPTERS, BASE, init_adapters, merge
+from qwen_jax.model import scalar
+from qwen_jax.model.adapters import ADAPTERS, BASE, init_adapters, merge, merge_kernel
 from qwen_jax.model.attention import choose_backend
 from qwen_jax.model.transformer import Transformer
 from qwen_jax.text.tokenizer import SPECIAL_TOKENS
@@ -42,6 +43,21 @@ class Loaded(NamedTuple):
     tokenizer: AnyTokenizer
     context: Context
     chat: bool
+
+
+class LoadedReward(NamedTuple):
+    """A reward model that can run here.
+
+    system: the system turn of conversations that bring none, empty for none. end_token: the id at
+    which the score is read. seq_len: the longest sequence of its training.
+    """
+
+    params: Any
+    cfg: ModelConfig
+    tokenizer: AnyTokenizer
+    system: str
+    end_token: int
+    seq_len: int
 
 
 class Checkpoint(NamedTuple):
@@ -87,7 +103,7 @@ def load(
     if is_ours(path):
         found = open_checkpoint(path, tokenizer)
         cfg = _with_dtype(found.cfg, dtype)
-        params = restore_model(found, _abstract(cfg, mesh), subtree)
+        params = restore_model(found, abstract_params(cfg, mesh), subtree)
         chat = found.chat or _released_for_chat(found.context)
         return Loaded(params, runnable(cfg), found.tokenizer, found.context, chat)
     if not _is_foreign(path):
@@ -103,6 +119,46 @@ def load(
         imported.context,
         _released_for_chat(imported.context),
     )
+
+
+def load_reward(
+    path: str | os.PathLike[str],
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    dtype: str = convert.AS_IS,
+    tokenizer: str = "",
+) -> LoadedReward:
+    """Loads a reward model from a workdir or one of its steps; arguments as in `load`.
+
+    Raises:
+      ValueError: nothing usable there, or a model of another stage.
+    """
+    if not is_ours(Path(path)):
+        raise ValueError(f"{path} is no workdir or checkpoint of ours; train one first")
+    found = open_checkpoint(path, tokenizer)
+    cfg = _with_dtype(found.cfg, dtype)
+    boxed = jax.eval_shape(scalar.init_fn(_shapes_only(cfg)), jax.random.key(0))
+    params = restore_reward(found, _placed(boxed, mesh))
+    config = found.meta["config"]
+    return LoadedReward(
+        params,
+        runnable(cfg),
+        found.tokenizer,
+        config["chat"]["system"],
+        found.tokenizer.special_tokens[config["reward"]["end_token"]],
+        config["data"]["seq_len"],
+    )
+
+
+def restore_reward(found: Checkpoint, abstract: Any) -> Any:
+    """A reward model, head and calibration included, into the shapes of `abstract`.
+
+    Raises:
+      ValueError: a model of another stage, or leaf by leaf what does not fit.
+    """
+    if found.stage != "reward":
+        raise ValueError(f"{found.step_dir} is of stage {found.stage!r}, not a reward model")
+    return restore.restore_params(found.step_dir, abstract)
 
 
 def is_ours(path: Path) -> bool:
@@ -150,46 +206,80 @@ def restore_model(found: Checkpoint, abstract: Any, subtree: str = "") -> Any:
     Raises:
       ValueError: a reward model, or leaf by leaf what does not fit.
     """
+    subtree = _language_model(found, subtree)
+    lora = _lora_of(found, subtree)
+    if lora is None:
+        return restore.restore_params(found.step_dir, abstract, subtree=subtree)
+    prefix = subtree + "." if subtree else ""
+    base = restore.restore_params(found.step_dir, abstract, subtree=prefix + BASE)
+    adapters = restore.restore_params(
+        found.step_dir, _abstract_adapters(found.cfg, lora), subtree=prefix + ADAPTERS
+    )
+    return jax.jit(merge, static_argnames="cfg", donate_argnums=0)(base, adapters, cfg=lora)
+
+
+def _language_model(found: Checkpoint, subtree: str) -> str:
+    """The subtree to read: the one asked for, or where the stage keeps its language model.
+
+    Raises:
+      ValueError: the checkpoint is a reward model.
+    """
     if found.stage == "reward":
         raise ValueError(
             f"{found.step_dir} holds a reward model, which cannot write; "
             "`python -m qwen_jax.score` reads it"
         )
     if found.stage in SUBTREES:
-        subtree = subtree or SUBTREES[found.stage]
-    if found.lora is None or subtree not in ("", SUBTREES["ppo"]):
-        return restore.restore_params(found.step_dir, abstract, subtree=subtree)
-    prefix = subtree + "." if subtree else ""
-    base = restore.restore_params(found.step_dir, abstract, subtree=prefix + BASE)
-    boxed = jax.eval_shape(
-        lambda key: init_adapters(_boxed(found.cfg), found.lora, key), jax.random.key(0)
-    )
-    adapters = restore.restore_params(found.step_dir, nn.unbox(boxed), subtree=prefix + ADAPTERS)
-    return jax.jit(merge, static_argnames="cfg", donate_argnums=0)(base, adapters, cfg=found.lora)
+        return subtree or SUBTREES[found.stage]
+    return subtree
+
+
+def _lora_of(found: Checkpoint, subtree: str) -> LoraConfig | None:
+    """The adapters of the model in a subtree, None where it has none."""
+    return found.lora if subtree in ("", *SUBTREES.values()) else None
+
+
+def _abstract_adapters(cfg: ModelConfig, lora: LoraConfig) -> Any:
+    boxed = jax.eval_shape(lambda key: init_adapters(_boxed(cfg), lora, key), jax.random.key(0))
+    return nn.unbox(boxed)
 
 
 def leaf_reader(found: Checkpoint, subtree: str = "") -> convert.ReadLeaf:
     """Reads one parameter at a time from a checkpoint, layers stacked, onto the host.
 
+    Adapters are merged into what is read. subtree: see `load`.
+
     Raises:
-      ValueError: every leaf in which checkpoint and config differ.
+      ValueError: a reward model, or every leaf in which checkpoint and config differ.
     """
-    names = ["params", *(subtree.split(".") if subtree else [])]
+    subtree = _language_model(found, subtree)
+    prefix = ["params", *(subtree.split(".") if subtree else [])]
+    base = abstract_params(found.cfg, None)
+    lora = _lora_of(found, subtree)
+    adapters = {} if lora is None else _abstract_adapters(found.cfg, lora)
+    wanted = base if lora is None else {BASE: base, ADAPTERS: adapters}
     manifest = restore.read_manifest(found.step_dir)
-    prefix = ".".join(names) + "."
-    saved = {name: leaf for name, leaf in manifest["leaves"].items() if name.startswith(prefix)}
-    abstract = _abstract(found.cfg, None)
-    wanted = restore.leaf_table(_nested(names, abstract))
-    restore.check_leaves(found.step_dir, saved, wanted, cast=True)
+    dotted = ".".join(prefix) + "."
+    saved = {name: leaf for name, leaf in manifest["leaves"].items() if name.startswith(dotted)}
+    restore.check_leaves(
+        found.step_dir, saved, restore.leaf_table(_nested(prefix, wanted)), cast=True
+    )
+
+    def read_tree(path: list[str], tree: Any) -> Any:
+        whole = _nested(prefix + path, tree)
+        read = restore.restore_arrays(found.step_dir, whole, manifest["key_impl"], partial=True)
+        for name in prefix + path:
+            read = read[name]
+        return jax.device_get(read)
 
     def read_one(path: list[str]) -> np.ndarray:
-        leaf = abstract
-        for name in path:
-            leaf = leaf[name]
-        tree = restore.restore_arrays(
-            found.step_dir, _nested(names + path, leaf), manifest["key_impl"], partial=True
-        )
-        return jax.device_get(jax.tree.leaves(tree)[0])
+        if lora is None:
+            return read_tree(path, _at(base, path))
+        leaf = read_tree([BASE, *path], _at(base, path))
+        if path[-1] != "kernel" or not _holds(adapters, path[:-1]):
+            return leaf
+        adapter = read_tree([ADAPTERS, *path[:-1]], _at(adapters, path[:-1]))
+        return np.asarray(merge_kernel(leaf, adapter, lora))
 
     def read(path: str) -> np.ndarray:
         first, *rest = path.split("/")
@@ -199,6 +289,20 @@ def leaf_reader(found: Checkpoint, subtree: str = "") -> convert.ReadLeaf:
         return read_one([first, *rest])
 
     return read
+
+
+def _at(tree: Any, path: list[str]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _holds(tree: Any, path: list[str]) -> bool:
+    for name in path:
+        if name not in tree:
+            return False
+        tree = tree[name]
+    return True
 
 
 def runnable(cfg: ModelConfig) -> ModelConfig:
@@ -233,16 +337,25 @@ def _with_dtype(cfg: ModelConfig, dtype: str) -> ModelConfig:
     return cfg if dtype == convert.AS_IS else dataclasses.replace(cfg, param_dtype=dtype)
 
 
+def abstract_params(cfg: ModelConfig, mesh: jax.sharding.Mesh | None) -> Any:
+    """Shapes, dtypes and, on a mesh, shardings of a whole language model's parameters."""
+    return _placed(_boxed(cfg), mesh)
+
+
 def _boxed(cfg: ModelConfig) -> Any:
     """Shapes of the parameters as the config stores them, boxed with their logical axes."""
-    model = Transformer(dataclasses.replace(cfg, attention="reference"))
+    model = Transformer(_shapes_only(cfg))
     tokens = jnp.zeros((1, 2), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
 
 
-def _abstract(cfg: ModelConfig, mesh: jax.sharding.Mesh | None) -> Any:
-    """Shapes of the parameters as the config stores them, with their places on the mesh."""
-    boxed = _boxed(cfg)
+def _shapes_only(cfg: ModelConfig) -> ModelConfig:
+    """The config without a kernel that this machine may not have."""
+    return dataclasses.replace(cfg, attention="reference")
+
+
+def _placed(boxed: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """Boxed shapes as they lie on a mesh; None: on the first local device."""
     if mesh is None:
         return nn.unbox(boxed)
     return jax.tree.map(

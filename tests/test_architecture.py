@@ -42,10 +42,13 @@ ALLOWED = {
     | {"hf", "loading"},
     "loading": ABOVE_THE_MODEL | {"hf", "trainer"},
     "api": ABOVE_THE_MODEL | {"generate", "hf", "loading"},
+    "rewards": ABOVE_THE_MODEL | {"data", "hf", "loading"},
     "generate/__main__": EVERYTHING | {"api", "commandline", "train"},
     "train": EVERYTHING,
     "commandline": set(),
     "chat": EVERYTHING | {"api", "commandline", "train"},  # its exit code
+    "score": EVERYTHING | {"api", "rewards", "commandline", "train"},
+    "text/view": CONFIG | {"text", "data"},
     "evaluate": EVERYTHING | {"api", "commandline", "train"},
     "convert": EVERYTHING | {"train"},  # its exit code and the format of its metadata
     "plan": EVERYTHING,
@@ -80,7 +83,7 @@ def imports_of(node: ast.AST) -> set[str]:
 
 
 def part_of(name: str) -> str:
-    if name.endswith("/__main__.py"):  # the command of a package is no part of it
+    if name.removesuffix(".py") in ALLOWED:  # the command of a package is no part of it
         return name.removesuffix(".py")
     return name.split("/")[0].removesuffix(".py")
 

@@ -4,6 +4,7 @@ A language-model batch is a dict of int32 arrays [B, L] over the mesh:
   tokens, targets: targets[b, t] is the token that follows tokens[b, t].
   loss_mask: 1 where the target at this index is trained.
   positions, segment_ids: absent when every row is one stream; segment 0 is padding.
+Other stages have other fields; the first dimension is always that of the rows.
 """
 
 from collections.abc import Mapping

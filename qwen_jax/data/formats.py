@@ -162,10 +162,11 @@ class ConversationFormat:
 class PreferenceFormat:
     """Pairs of answers to the same messages, for reward models. Report section 3.2.1.
 
-    A row holds two sequences of `seq_len`: tokens [2, L], the preferred answer first, lengths [2]
-    and domain [], the number of the record's source. Each is the messages and one answer, closed by
-    its end token, and then `end_token` where the score is read, unless that is the end of the turn
-    itself. Pairs of which one does not fit are dropped and counted: a cut answer has no end.
+    A row holds two sequences of `seq_len`: tokens [2, L], the preferred answer first, their lengths
+    [2] and answer_lengths [2], the tokens of the answers alone. Each is the messages and one
+    answer, closed by its end token, and then `end_token` where the score is read, unless that is
+    the end of the turn itself. Pairs of which one does not fit are dropped and counted: a cut
+    answer has no end.
     """
 
     tokenizer: Any
@@ -196,8 +197,13 @@ class PreferenceFormat:
         longest = max(map(len, both))
         if longest > self.seq_len:
             return BadRecord("too_long", f"{longest} tokens, more than seq_len = {self.seq_len}")
+        answers = [len(self.tokenizer.encode(text)) for text in (pair.chosen, pair.rejected)]
         return Encoded(
-            np.concatenate(both), {"lengths": np.array([len(x) for x in both], np.int32)}
+            np.concatenate(both),
+            {
+                "lengths": np.array([len(x) for x in both], np.int32),
+                "answer_lengths": np.array(answers, np.int32),
+            },
         )
 
     def rows(self, documents: DocumentIterator, counter: RecordCounter) -> RowStream:
@@ -209,7 +215,11 @@ class PreferenceFormat:
         tokens = np.full((2, self.seq_len), self.tokenizer.end_of_text, np.int32)
         tokens[0, : lengths[0]] = document.tokens[: lengths[0]]
         tokens[1, : lengths[1]] = document.tokens[lengths[0] :]
-        return {"tokens": tokens, "lengths": lengths, "domain": np.int32(document.source)}
+        return {
+            "tokens": tokens,
+            "lengths": lengths,
+            "answer_lengths": document.parts["answer_lengths"],
+        }
 
 
 def scored_sequence(

@@ -169,6 +169,10 @@ class VirtualShardBatches:
         """
         return mixture_report(self._sources, self.stats())
 
+    def num_records(self) -> int:
+        """Records of all sources together, bad ones included."""
+        return sum(len(source.records) for source in self._sources)
+
     def _stop_prefetching(self) -> None:
         if self._prefetcher is not None:
             self._prefetcher.close()

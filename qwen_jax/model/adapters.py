@@ -70,14 +70,15 @@ def merge(base: Any, adapters: Any, cfg: LoraConfig) -> Any:
         for module, names in modules.items():
             merged[layers][module] = dict(base[layers][module])
             for name, adapter in names.items():
-                weights = dict(base[layers][module][name])
-                product = jnp.einsum(
-                    "...dr,...rf->...df",
-                    adapter["down"].astype(jnp.float32),
-                    adapter["up"].astype(jnp.float32),
-                )
-                kernel = weights["kernel"]
-                total = kernel.astype(jnp.float32) + product * (cfg.alpha / cfg.rank)
-                weights["kernel"] = total.astype(kernel.dtype)
-                merged[layers][module][name] = weights
+                weights = base[layers][module][name]
+                kernel = merge_kernel(weights["kernel"], adapter, cfg)
+                merged[layers][module][name] = weights | {"kernel": kernel}
     return merged
+
+
+def merge_kernel(kernel: jax.Array, adapter: dict[str, jax.Array], cfg: LoraConfig) -> jax.Array:
+    """One matrix [..., D, F] with its adapter added, in the dtype of the matrix."""
+    down, up = (jnp.asarray(adapter[name], jnp.float32) for name in ("down", "up"))
+    product = jnp.einsum("...dr,...rf->...df", down, up)
+    total = jnp.asarray(kernel, jnp.float32) + product * (cfg.alpha / cfg.rank)
+    return total.astype(kernel.dtype)

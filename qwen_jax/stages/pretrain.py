@@ -74,9 +74,14 @@ def apply_model(
 PROBE_LENGTH, PROBE_IDS = 16, 8
 
 
+def probe_tokens(cfg: ModelConfig) -> np.ndarray:
+    """Fixed ids [L] on which models are compared."""
+    return (np.arange(PROBE_LENGTH, dtype=np.int32) * 7919) % cfg.vocab_size
+
+
 def probe_fn(cfg: ModelConfig, weights: Weights = ALL) -> Callable:
     """params -> log-probabilities of a few ids after a few fixed tokens; see `Stage.probe`."""
-    tokens = (np.arange(PROBE_LENGTH, dtype=np.int32) * 7919) % cfg.vocab_size
+    tokens = probe_tokens(cfg)
     ids = (np.arange(PROBE_IDS, dtype=np.int32) * 104_729) % cfg.vocab_size
 
     @jax.jit

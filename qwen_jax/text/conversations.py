@@ -4,13 +4,16 @@ One JSON object per record. A conversation is either of
 
     {"messages": [{"role": "user", "content": "..."}, ...]}                         OpenAI
     {"conversations": [{"from": "human", "value": "..."}, ...], "system": "..."}    ShareGPT
+    {"instruction": "...", "input": "...", "output": "..."}                         Alpaca
 
-A preference adds what was preferred to the messages that both answers follow:
+where an `input` follows its instruction after a newline. A preference adds what was preferred to
+the messages that both answers follow:
 
     {"messages" or "conversations" or "prompt": ..., "chosen": ..., "rejected": ...}
 
 where an answer is a text, one message, or a whole conversation that ends with it (then the prompt
-may be left out). A prompt is a conversation that ends with the user, or `{"prompt": "text"}`.
+may be left out). `responses`, a list of texts in place of these two, are answers to be ranked. A
+prompt is a conversation that ends with the user, or `{"prompt": "text"}`.
 Nothing here knows ids; the layout is `chatml.py`.
 """
 
@@ -39,6 +42,14 @@ class Preference(NamedTuple):
     rejected: str
 
 
+class Candidates(NamedTuple):
+    """Answers to the same messages; of a preference (`paired`) the chosen one comes first."""
+
+    messages: list[Message]
+    answers: list[str]
+    paired: bool
+
+
 class RecordError(ValueError):
     """A record that is no conversation; `reason` is a short name to count it by."""
 
@@ -58,7 +69,8 @@ def parse_conversation(text: str) -> list[Message]:
     record = _object(text)
     messages = _messages_of(record)
     if messages is None:
-        raise RecordError("no_messages", f"no `messages` or `conversations`: {_keys(record)}")
+        names = "`messages`, `conversations` or `instruction`"
+        raise RecordError("no_messages", f"no {names}: {_keys(record)}")
     return messages
 
 
@@ -101,6 +113,37 @@ def parse_preference(text: str) -> Preference:
     return Preference(messages, chosen, rejected)
 
 
+def parse_candidates(text: str) -> Candidates:
+    """The messages of a record and the answers to them that are to be scored.
+
+    Raises:
+      RecordError: as `parse_preference`; for `responses`, no list of texts or an empty one.
+    """
+    record = _object(text)
+    if "responses" not in record:
+        pair = parse_preference(text)
+        return Candidates(pair.messages, [pair.chosen, pair.rejected], paired=True)
+    answers = record["responses"]
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise RecordError("no_answer", f"`responses` is no list of texts: {str(answers)[:80]!r}")
+    if not answers:
+        raise RecordError("no_answer", "`responses` is empty")
+    return Candidates(parse_prompt(text), answers, paired=False)
+
+
+def as_messages(asked: Any) -> list[Message]:
+    """Messages from what a program has at hand: a text of a user, or messages in any known form.
+
+    Raises:
+      RecordError: as `parse_conversation`.
+    """
+    if isinstance(asked, str):
+        return [Message(USER, asked)]
+    if all(isinstance(turn, Message) for turn in asked):
+        return list(asked)
+    return _messages(asked)
+
+
 def _object(text: str) -> Mapping[str, Any]:
     try:
         record = json.loads(text)
@@ -132,7 +175,18 @@ def _messages_of(record: Mapping[str, Any]) -> list[Message] | None:
             if isinstance(system, str) and system and messages and messages[0].role != SYSTEM:
                 messages = [Message(SYSTEM, system), *messages]
             return messages
+    if isinstance(record.get("instruction"), str):
+        return _alpaca(record)
     return None
+
+
+def _alpaca(record: Mapping[str, Any]) -> list[Message]:
+    asked = [record["instruction"], record.get("input")]
+    question = "\n".join(part for part in asked if isinstance(part, str) and part)
+    messages = [Message(USER, question)]
+    if isinstance(record.get("output"), str):
+        messages.append(Message(ASSISTANT, record["output"]))
+    return messages
 
 
 def _messages(turns: Any) -> list[Message]:
