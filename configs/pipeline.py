@@ -15,7 +15,14 @@ def get_config(stage: str = "pretrain"):
     config = tiny.get_config()
     config.name = f"pipeline_{stage}"
     config.model.update(
-        vocab_size=1280, d_model=128, num_layers=3, num_heads=2, num_kv_heads=2, d_ff=344
+        vocab_size=1280,
+        d_model=128,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=32,
+        d_ff=344,
+        init_std=0.08,  # about 1 / sqrt(d_model): with Qwen's 0.02 so narrow a model learns slowly
     )
     config.tokenizer.update(path="learn", learn_entries=1024, learn_bytes=2_000_000)
     config.data.update(
@@ -29,9 +36,9 @@ def get_config(stage: str = "pretrain"):
 
 
 def _pretrain(config):
-    config.data.batch_size = 32
-    config.train.update(steps=500, eval_every=100)
-    config.optimizer.update(peak_lr=4e-3, warmup_steps=50)
+    config.data.batch_size = 16
+    config.train.update(steps=700, eval_every=100)
+    config.optimizer.update(peak_lr=3e-3, warmup_steps=50)
 
 
 def _chat(config, stage: str):
