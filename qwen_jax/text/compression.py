@@ -35,7 +35,12 @@ from absl import flags
 from qwen_jax.text import tokenizer as tokenizer_lib
 
 # The order of the report's figure; other languages follow by name.
-FIGURE_ORDER = "th he ar ko vi zh ja tr id pl ru nl pt it de es fr en code".split()
+# fmt: off
+FIGURE_ORDER = (
+    "th", "he", "ar", "ko", "vi", "zh", "ja", "tr", "id", "pl", "ru", "nl", "pt", "it", "de", "es",
+    "fr", "en", "code",
+)
+# fmt: on
 # What this package keeps under the name tiktoken's cache would give it.
 _CACHE_PLACE = ("litellm", "litellm_core_utils/tokenizers")
 
