@@ -38,22 +38,25 @@ def shuffled(text, rng):
 def write_world(folder, texts, num_bytes, rng):
     """A training file with planted items and a benchmark; returns how many are planted."""
     words = sorted({word for text in texts for word in text.split() if word.isalpha()})
+    # A "word" of Chinese is a sentence, which stands in the text as it is.
+    words = [word for word in words if word.isascii() or len(word) <= 2]
     items = [" ".join(rng.choices(words, k=40)) for _ in range(NUM_ITEMS)]
     with open(folder / "quiz.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"q": item}) + "\n" for item in items)
     to_plant, size = iter(items[::PLANT_EVERY]), 0
     spacing = num_bytes / (NUM_ITEMS / PLANT_EVERY + 1)
-    num_planted, num_documents = 0, 0
+    num_planted = 0
     with open(folder / "web.jsonl", "w", encoding="utf-8") as file:
         for text in itertools.cycle(texts):
             text = shuffled(text, rng)
-            if size > (num_planted + 1) * spacing:
-                text = f"{text} {next(to_plant, '')}"
+            if size > (num_planted + 1) * spacing and num_planted < NUM_ITEMS // PLANT_EVERY:
+                text = f"{text} {next(to_plant)}"
                 num_planted += 1
-            size += file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-            num_documents += 1
+            line = json.dumps({"text": text}, ensure_ascii=False) + "\n"
+            file.write(line)
+            size += len(line.encode())
             if size >= num_bytes and num_planted >= NUM_ITEMS // PLANT_EVERY:
-                return num_planted, num_documents
+                return num_planted
 
 
 def main():
@@ -71,7 +74,7 @@ def main():
         (source,) = open_sources(f"jsonl:{corpus}")
         texts = [source.records[i] for i in range(len(source.records))]
         for mega_bytes in arguments.mega_bytes:
-            planted, _ = write_world(folder, texts, mega_bytes * 10**6, random.Random(mega_bytes))
+            planted = write_world(folder, texts, mega_bytes * 10**6, random.Random(mega_bytes))
             start = time.monotonic()
             items = read_items(f"quiz={folder}/quiz.jsonl")
             index = contamination.build_index(items)
