@@ -94,7 +94,7 @@ def _bwrap_path() -> str | None:
 # `setpriv` a process would no longer.
 _ROOT_SCRIPT = """
 set -e
-root=/mnt
+root={root}
 mount -t tmpfs -o size={size},mode=755 tmpfs $root
 mkdir -p $root/proc $root/dev
 mkdir -m 1777 $root/tmp $root{folder}
@@ -112,6 +112,7 @@ chroot $root "$@"
 
 def _unshare(folders: Sequence[str]) -> list[str]:
     script = _ROOT_SCRIPT.format(
+        root=_hidden_folder(folders),
         size=FOLDER_BYTES,
         folder=FOLDER,
         folders=" ".join(map(shlex.quote, ["/usr", *folders])),
@@ -121,6 +122,16 @@ def _unshare(folders: Sequence[str]) -> list[str]:
     if os.geteuid() != 0:
         command += ["--user", "--map-root-user"]
     return [*command, "sh", "-c", script, "sh"]
+
+
+def _hidden_folder(folders: Sequence[str]) -> str:
+    """A folder that can be covered by the new root: none that is to be shown lies in it."""
+    for candidate in ("/mnt", "/media", "/srv", "/opt", "/tmp"):
+        if os.path.isdir(candidate) and not any(
+            f"{folder}/".startswith(f"{candidate}/") for folder in folders
+        ):
+            return candidate
+    raise OSError(f"no folder can become the sandbox's root beside {', '.join(folders)}")
 
 
 def _links() -> list[tuple[str, str]]:

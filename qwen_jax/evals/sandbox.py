@@ -39,7 +39,7 @@ MAX_FILE_BYTES = 50 << 20
 MAX_OUTPUT_BYTES = 1 << 20
 MAX_PROCESSES = 64
 _WATCH_SECS = 0.05
-_KILL_SECS = 0.5
+_KILL_SECS = 0.9
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -322,11 +322,12 @@ def _has_ended(pid: int) -> bool:
 def _kill(process: subprocess.Popen) -> None:
     """Ends what is left.
 
-    The first process inside a sandbox is the child of the one that was started. When it is killed,
-    the kernel ends all others inside before their parent hears of it: so nothing is left once the
-    wait is over.
+    The first process inside a sandbox is the child of the one that was started, and comes first
+    here. When it is killed, none can start another, and the kernel ends all before their parent
+    hears of it: so nothing is left once the wait is over. The others are killed too because on a
+    busy machine each waits for its turn to end.
     """
-    for child in _children(process.pid):
+    for child in _descendants(process.pid)[1:]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
     deadline = time.monotonic() + _KILL_SECS
@@ -338,24 +339,21 @@ def _kill(process: subprocess.Popen) -> None:
 
 def _held_bytes(pid: int) -> int:
     """Resident memory of a process and all below it; shared pages count for each."""
-    total, todo = 0, [pid]
-    while todo:
-        current = todo.pop()
-        try:
-            total += int(Path(f"/proc/{current}/statm").read_text().split()[1]) * _PAGE_BYTES
-            todo += _children(current)
-        except OSError:  # it ended meanwhile
-            continue
+    total = 0
+    for member in _descendants(pid):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            total += int(Path(f"/proc/{member}/statm").read_text().split()[1]) * _PAGE_BYTES
     return total
 
 
-def _children(pid: int) -> list[int]:
-    found = []
-    try:
-        for task in os.listdir(f"/proc/{pid}/task"):
-            found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
-    except OSError:  # it ended meanwhile
-        pass
+def _descendants(pid: int) -> list[int]:
+    """A process and all below it, parents before children."""
+    found = [pid]
+    for member in found:  # grows meanwhile
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            for task in os.listdir(f"/proc/{member}/task"):
+                children = Path(f"/proc/{member}/task/{task}/children").read_text()
+                found.extend(map(int, children.split()))
     return found
 
 

@@ -11,6 +11,7 @@ What is left: code that knows this harness and sets out to deceive it can read t
 as it can overload `==` to be always true. No judge inside the process can rule that out.
 """
 
+import functools
 import os
 import re
 import shutil
@@ -260,6 +261,7 @@ LANGUAGES = {
 }
 
 
+@functools.cache
 def find_tool(name: str) -> str | None:
     """Real path of a program; of `rustc` not rustup's, which needs a home folder."""
     path = shutil.which(name)
@@ -274,6 +276,7 @@ def folders_of(language: str) -> list[str]:
     """Folders outside /usr that a language needs, to be shown read-only in the sandbox."""
     if language == "python":
         found = [sys.base_prefix, sys.prefix]
+        found += ["/etc/fonts"] if Path("/etc/fonts").is_dir() else []  # for plots
     else:
         real = [Path(find_tool(tool)).resolve() for tool in LANGUAGES[language].tools]
         found = [str(path.parent.parent) for path in real]
