@@ -24,6 +24,7 @@ from typing import Any
 
 from absl import flags
 
+from qwen_jax import commandline
 from qwen_jax.evals import annotation, preference
 from qwen_jax.metrics import write_atomically
 from qwen_jax.train import EXIT_CONFIG
@@ -119,20 +120,16 @@ def _parse_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, str]:
     flags.DEFINE_float("margin", 0.0, "table: scores this close are a tie", 0.0, **own)
     flags.DEFINE_string("out", "", "folder of the sheets, or JSON file of the table", **own)
     flags.DEFINE_bool("help", False, "shows this", **own)
-    try:
-        rest = values(argv)[1:]
-    except flags.Error as error:
-        raise ValueError(str(error)) from error
-    if values.help:
-        print(f"{__doc__}\n{values.main_module_help()}")
-        sys.exit(0)
-    if rest not in (["sheets"], ["table"]):
-        raise ValueError(f"{USAGE}; got {rest}")
-    needed = {"sheets": ("results", "out"), "table": ("sheets",)}[rest[0]]
+    command = argv[1] if len(argv) > 1 else ""
+    is_command = not command.startswith("-")
+    commandline.parse(values, [argv[0], *argv[1 + is_command :]], str(__doc__))
+    if command not in ("sheets", "table"):
+        raise ValueError(f"{USAGE}; got {command!r}")
+    needed = {"sheets": ("results", "out"), "table": ("sheets",)}[command]
     for name in needed:
         if not values[name].value:
             raise ValueError(f"--{name} is missing; {USAGE}")
-    return values, rest[0]
+    return values, command
 
 
 if __name__ == "__main__":
