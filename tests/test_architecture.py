@@ -50,6 +50,7 @@ ALLOWED = {
     "score": EVERYTHING | {"api", "rewards", "commandline", "train"},
     "text/view": CONFIG | {"text", "data"},
     "evaluate": EVERYTHING | {"api", "commandline", "train"},
+    "preference": EVERYTHING | {"commandline", "train"},  # its exit code
     "convert": EVERYTHING | {"train"},  # its exit code and the format of its metadata
     "plan": EVERYTHING,
 }
