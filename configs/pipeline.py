@@ -56,17 +56,17 @@ def _sft(config):
 def _reward(config, steps: int, peak_lr: float):
     _chat(config, "reward")
     config.reward = ml_collections.ConfigDict({"end_token": "<|im_end|>"})
-    config.data.update(seq_len=64, batch_size=64)
+    config.data.update(seq_len=64, batch_size=64, heldout_documents=0)
     config.train.update(steps=steps, eval_every=steps, sample_prompts=())
     config.optimizer.update(peak_lr=peak_lr, warmup_steps=10, weight_decay=0.0)
 
 
 def _pmp(config):
-    _reward(config, steps=180, peak_lr=1e-3)
+    _reward(config, steps=180, peak_lr=7e-4)
 
 
 def _rm(config):
-    _reward(config, steps=90, peak_lr=5e-4)
+    _reward(config, steps=90, peak_lr=4e-4)
 
 
 def _ppo(config):

@@ -18,14 +18,14 @@ from pathlib import Path
 from qwen_jax.text.chatml import ASSISTANT, USER
 
 SERIES = (string.ascii_lowercase, string.ascii_uppercase, string.digits)
-STEPS = {"right after": 1, "right before": -1, "two after": 2, "two before": -2}
+STEPS = {"after": 1, "before": -1}
 HELDOUT_ONE_IN = 5
 _QUESTION = re.compile(rf"What comes ({'|'.join(STEPS)}) (\w)\?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A place in one of the `SERIES`, so many steps from a sign."""
+    """The neighbour of a sign in one of the `SERIES`."""
 
     steps: str
     sign: str
@@ -52,7 +52,7 @@ class Problem:
 
     @property
     def heldout(self) -> bool:
-        """Whether no demonstration, comparison or query of training is about it."""
+        """Whether no demonstration and no query of training is about it."""
         digest = hashlib.sha256(self.question.encode()).digest()
         return digest[0] % HELDOUT_ONE_IN == 0
 
@@ -84,8 +84,10 @@ def true_reward(conversation: str, answer: str, ended: bool) -> float:
 
 
 def wrong(problem: Problem, rng: random.Random) -> str:
-    """Another sign of the same series."""
-    return rng.choice(problem.series.replace(problem.answer, ""))
+    """A sign of another series, in a third of the cases another one of the same."""
+    if rng.random() < 1 / 3:
+        return rng.choice(problem.series.replace(problem.answer, ""))
+    return rng.choice("".join(SERIES).replace(problem.series, ""))
 
 
 def verbose(problem: Problem, answer: str) -> str:
@@ -105,12 +107,12 @@ def demonstrations(rng: random.Random) -> Iterator[dict]:
         yield {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def comparisons(rng: random.Random, noise: float, heldout: bool = False) -> Iterator[dict]:
-    """Pairs of answers: right before wrong, and of two right ones the short one.
+def comparisons(rng: random.Random, noise: float) -> Iterator[dict]:
+    """Pairs of answers to any problem: right before wrong, and of two right ones the short one.
 
     noise: share of the pairs that are the wrong way round.
     """
-    pool = problems(heldout)
+    pool = problems()
     while True:
         problem = rng.choice(pool)
         right, off = problem.answer, wrong(problem, rng)
@@ -150,7 +152,7 @@ def write_data(folder: Path, seed: int) -> None:
         "demonstrations.jsonl": (demonstrations, 4000),
         "comparisons_noisy.jsonl": (lambda rng: comparisons(rng, 0.2), 12_000),
         "comparisons_clean.jsonl": (lambda rng: comparisons(rng, 0.0), 6000),
-        "comparisons_heldout.jsonl": (lambda rng: comparisons(rng, 0.0, heldout=True), 512),
+        "comparisons_heldout.jsonl": (lambda rng: comparisons(rng, 0.0), 512),
         "queries.jsonl": (lambda rng: queries(rng, heldout=False), 4000),
         "queries_heldout.jsonl": (
             lambda rng: queries(rng, heldout=True),
