@@ -19,9 +19,10 @@ class KVCache:
 
     One array per layer and not one stacked array: inside a compiled loop a stacked array would be
     copied whole at each step. Heads before slots: a step then reads each head's keys as one run of
-    memory; with slots first, XLA:CPU transposes the whole cache in every step.
+    memory; with slots first, XLA:CPU transposes the whole cache in every step. A single row has no
+    dimension B: XLA:CPU would drop it before each product, in a copy of the whole cache.
 
-    keys, values: tuples over layers of [B, K, S, H].
+    keys, values: tuples over layers of [B, K, S, H]; [K, S, H] where B is 1.
     positions_BS: position of each slot in its row. segments_BS: 1 for a real token, else 0.
     length: slots filled so far, the same for all rows.
     empty: known at tracing time to hold nothing: a prompt then attends to itself, as in training,
@@ -38,7 +39,7 @@ class KVCache:
 
 @flax.struct.dataclass
 class LayerCache:
-    """One layer's part of a `KVCache`: keys and values [B, K, S, H] with what both say of it."""
+    """One layer's part of a `KVCache`: its keys and values with what both say of it."""
 
     keys: jax.Array
     values: jax.Array
@@ -48,7 +49,9 @@ class LayerCache:
 
 def create_cache(cfg: ModelConfig, batch_size: int, cache_len: int) -> KVCache:
     """An empty cache for `cache_len` tokens per row."""
-    shape = (batch_size, cfg.num_kv_heads, cache_len, cfg.head_dim)
+    shape = (cfg.num_kv_heads, cache_len, cfg.head_dim)
+    if batch_size > 1:
+        shape = (batch_size, *shape)
     dtype = jnp.dtype(cfg.compute_dtype)
     layers = range(cfg.num_layers)
     return KVCache(
@@ -68,13 +71,13 @@ def grow(cache: KVCache, cache_len: int) -> KVCache:
         return cache
 
     def pad(x, axis):
-        return jnp.pad(x, [(0, added if axis == i else 0) for i in range(x.ndim)])
+        return jnp.pad(x, [(0, added if axis == i else 0) for i in range(-x.ndim, 0)])
 
     return cache.replace(
-        keys=tuple(pad(x, 2) for x in cache.keys),
-        values=tuple(pad(x, 2) for x in cache.values),
-        positions_BS=pad(cache.positions_BS, 1),
-        segments_BS=pad(cache.segments_BS, 1),
+        keys=tuple(pad(x, -2) for x in cache.keys),
+        values=tuple(pad(x, -2) for x in cache.values),
+        positions_BS=pad(cache.positions_BS, -1),
+        segments_BS=pad(cache.segments_BS, -1),
     )
 
 
@@ -87,26 +90,27 @@ def append_positions(cache: KVCache, positions_BL, segments_BL) -> KVCache:
     )
 
 
-def append_layer(keys_BKSH, values_BKSH, length, k_BLKH, v_BLKH):
+def append_layer(keys, values, length, k_BLKH, v_BLKH):
     """One layer's keys and values with the new ones written at slot `length`."""
-    start = (0, 0, length, 0)
-    return tuple(
-        _pinned(
-            jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), start),
-        )
-        for old, new in ((keys_BKSH, k_BLKH), (values_BKSH, v_BLKH))
-    )
+    start = (0,) * (keys.ndim - 2) + (length, 0)
+
+    def write(old, new_BLKH):
+        new = new_BLKH.swapaxes(1, 2).astype(old.dtype)
+        new = new.reshape(*old.shape[:-2], *new.shape[2:])
+        return _pinned(jax.lax.dynamic_update_slice(old, new, start))
+
+    return write(keys, k_BLKH), write(values, v_BLKH)
 
 
-def latest(keys_BKSH, values_BKSH, seen: Visibility, length, new: int):
+def latest(keys, values, seen: Visibility, length, new: int):
     """The slots that the window of `seen` can reach from the `new` ones ending at `length`.
 
     Returns keys, values and visibility cut down to them. Right only where rows are padded on the
     left, so that the latest positions of every row are its latest slots.
     """
-    size = keys_BKSH.shape[2]
+    size = keys.shape[-2]
     if seen.window is None or seen.window + new - 1 >= size:
-        return keys_BKSH, values_BKSH, seen
+        return keys, values, seen
     width = seen.window + new - 1
     start = jnp.maximum(length - width, 0)
 
@@ -114,10 +118,10 @@ def latest(keys_BKSH, values_BKSH, seen: Visibility, length, new: int):
         return jax.lax.dynamic_slice_in_dim(x, start, width, axis)
 
     seen = seen.replace(
-        k_positions_BS=cut(seen.k_positions_BS, 1), k_segments_BS=cut(seen.k_segments_BS, 1)
+        k_positions_BS=cut(seen.k_positions_BS, -1), k_segments_BS=cut(seen.k_segments_BS, -1)
     )
-    return cut(keys_BKSH, 2), cut(values_BKSH, 2), seen
+    return cut(keys, -2), cut(values, -2), seen
 
 
-def _pinned(x_BKSH):
-    return constrain(x_BKSH, "batch", "act_heads", None, None)
+def _pinned(x):
+    return constrain(x, *("batch", "act_heads", None, None)[-x.ndim :])
