@@ -22,6 +22,7 @@ from tiny import (
 from qwen_jax.generate import decode as decode_lib
 from qwen_jax.generate.decode import DecodeConfig, begin, decode, extend, pad_prompts, unrolled
 from qwen_jax.generate.sampling import GREEDY, SamplingConfig
+from qwen_jax.model.context import ContextConfig
 from qwen_jax.model.transformer import unstack_layers
 from qwen_jax.sharding import sharding_of, use_mesh
 
@@ -362,6 +363,20 @@ def test_the_loop_copies_neither_cache_nor_weights(batch):
     cfg, bodies = loop_bodies(batch, width=64)
     sizes = sizes_of(bodies, "copy|transpose|slice")
     assert not [size for size in sizes if size >= batch * 2 * 64 * cfg.head_dim], sizes
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_windows_shrink_what_the_loop_holds(batch):
+    """With a window in each layer nothing of the cache's full length has a head's width."""
+    for windows, longest in (((), 128), ((16, 8), 16)):
+        cfg, bodies = loop_bodies(batch, width=64, context=ContextConfig(windows=windows))
+        shapes = [
+            [int(n) for n in shape.split(",")]
+            for body in bodies
+            for shape in re.findall(rf"f32\[([\d,]*2,\d+,{cfg.head_dim})\]", body)
+        ]
+        assert max(shape[-2] for shape in shapes) == longest
+        assert not [n for n in sizes_of(bodies, "copy") if n >= batch * 2 * 8 * cfg.head_dim]
 
 
 def test_pad_prompts():

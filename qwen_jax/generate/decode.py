@@ -216,7 +216,7 @@ def _begin(params, head_DV, prompt_BP, prompt_len_B, key, row_ids_B, made_for, s
         tokens_BP,
         jnp.maximum(slots_BP - start_B1, 0),
         segments_BP,
-        create_cache(cfg, batch, size),
+        create_cache(cfg, batch, size, context.windows),
         alpha_B,
     )
     used_BV = None

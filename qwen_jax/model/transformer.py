@@ -93,22 +93,20 @@ class Attention(nn.Module):
         v_BLKH = heads(v)
         if rope.query_scale_BL is not None:
             q_BLNH = q_BLNH * rope.query_scale_BL.astype(q_BLNH.dtype)[:, :, None, None]
-        cached = None
+        written = None
         if layer_cache is not None:
-            cached = kv.append_layer(
-                layer_cache.keys, layer_cache.values, layer_cache.length, k_BLKH, v_BLKH
-            )
+            written = kv.append_layer(layer_cache, k_BLKH, v_BLKH)
         if layer_cache is None or layer_cache.empty:
             out_BLNH = attend(q_BLNH, k_BLKH, v_BLKH, seen, cfg.attention)
         else:
-            reached = kv.latest(*cached, seen, layer_cache.length + length, length)
+            reached = kv.reached(layer_cache, written, k_BLKH, v_BLKH, seen)
             out_BLNH = attend_cached(q_BLNH, *reached)
         out_BLNH = checkpoint_name(out_BLNH, "attention")
         merged = out_BLNH.reshape(batch, length, cfg.num_heads * cfg.head_dim)
         std = cfg.init_std / math.sqrt(2 * cfg.num_layers)
         out = Linear(cfg, cfg.d_model, ("heads", "embed"), std, name="out")
         out_BLD = out(merged, own.adapter("attention", "out"))
-        return checkpoint_name(out_BLD, "attention_out"), cached
+        return checkpoint_name(out_BLD, "attention_out"), written
 
 
 class FeedForward(nn.Module):
