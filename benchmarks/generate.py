@@ -1,6 +1,7 @@
 """Tokens per second of greedy decoding on a CPU, against transformers' `generate` with KV cache.
 
-    python benchmarks/generate.py [--rounds 5] [--threads 2] [--batches 1,16] [--json out.json]
+    python -m benchmarks.generate [--rounds 5] [--threads 1,2] [--batches 1,16] [--json out.json]
+    python -m benchmarks.generate --windows 256     # ours alone: what attention windows save
 
 Both sides hold the same random weights in float32 (Qwen2 with as many key heads as query heads,
 biases on query, key and value and an untied head is Qwen), continue the same prompts of 128 tokens
@@ -8,11 +9,15 @@ by exactly 128 tokens, and must produce the same ones. Ours is `decode` as the c
 compiled before the clock starts, without log-probabilities, which `generate` does not compute
 either. Prefill is part of the time of both.
 
-The two take turns within one run, because a busy machine slows whatever runs at that moment: the
-shortest round of each is the figure to compare, the median says how busy the machine was. The
-roofline is the time in which memory could be read: the weights once for each token, the filled part
-of the cache for each row, at the speed of the matrix-vector product that this machine does fastest.
-Needs torch and transformers. Exit status 1 below --accept.
+They take turns within one run, because a busy machine slows whatever runs at that moment: the
+shortest round of each is the figure to compare, the median says how busy the machine was. torch
+takes its turn with each number of threads, and its best one counts. The roofline is the time in
+which memory could be read: the weights once for each token, the filled part of the cache for each
+row, at the speed at which a matrix-vector product reads more memory than the caches hold.
+
+With --windows, a long prompt is continued with and without that attention window in every layer;
+the time is that of the steps after the prompt. A step reads all of the cache it prints.
+Needs torch and transformers. With --accept the exit status is 1 below 2 x and 1.3 x.
 """
 
 import argparse
@@ -23,6 +28,7 @@ import sys
 import time
 
 PROMPT, NEW = 128, 128
+LONG_PROMPT, LONG_STEPS = 3968, 32  # of the runs with windows: tokens of the prompt, of one timing
 ACCEPT = {1: 2.0, 16: 1.3}
 
 
@@ -125,7 +131,8 @@ def their_generate(cfg, params):
             state[f"{name}.mlp.{part}_proj.weight"] = tensor(mlp[part]["kernel"][layer].T)
     model.load_state_dict(state)
 
-    def run(prompts):
+    def run(prompts, threads):
+        torch.set_num_threads(threads)
         ids = torch.from_numpy(prompts.astype(np.int64))
         with torch.inference_mode():
             out = model.generate(
@@ -142,20 +149,22 @@ def their_generate(cfg, params):
 
 
 def roofline_seconds(cfg, params, batch):
-    """Time to read weights and cache once per step, as fast as a matrix-vector product reads."""
+    """Time to read weights and cache once per step, and the bytes per second assumed."""
     import jax
     import jax.numpy as jnp
 
-    size, repeats = 2048, 50
-    w = jnp.ones((size, size))
+    # 256 MiB: more than any cache of a server's core holds.
+    matrices = [jnp.full((4096, 4096), i * 1e-9) for i in range(1, 5)]
 
-    def products(x):
-        return jax.lax.fori_loop(0, repeats, lambda _, x: x @ w * 1e-4, x)
+    def products(x, matrices):
+        for w in matrices:
+            x = x @ w
+        return x
 
-    product, x = jax.jit(products), jnp.ones((1, size))
-    product(x).block_until_ready()
-    best = min(_seconds(lambda: product(x).block_until_ready()) for _ in range(5))
-    speed = repeats * w.nbytes / best
+    product, x = jax.jit(products), jnp.ones((1, 4096))
+    product(x, matrices).block_until_ready()
+    best = min(_seconds(lambda: product(x, matrices).block_until_ready()) for _ in range(10))
+    speed = sum(w.nbytes for w in matrices) / best
     read = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - params["embedding"].nbytes
     slot = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * 4
     cache = batch * slot * (PROMPT + NEW / 2)
@@ -168,58 +177,116 @@ def _seconds(fn):
     return time.perf_counter() - start
 
 
-def compare(cfg, params, ours, theirs, batch, rounds):
+def compare(cfg, params, ours, theirs, batch, rounds, threads):
+    """Both continue the same prompts in turns; a dictionary of what was measured."""
     import numpy as np
 
     prompts = np.random.default_rng(batch).integers(0, cfg.vocab_size, (batch, PROMPT))
     prompts = prompts.astype(np.int32)
-    same = float(np.mean(ours(prompts) == theirs(prompts)))
-    seconds = {"ours": [], "theirs": []}
+    same = float(np.mean(ours(prompts) == theirs(prompts, threads[0])))
+    seconds = {"ours": []} | {f"theirs, {n} threads": [] for n in threads}
     for _ in range(rounds):
-        seconds["theirs"].append(_seconds(lambda: theirs(prompts)))
+        for n in threads:
+            elapsed = _seconds(lambda n=n: theirs(prompts, n))
+            seconds[f"theirs, {n} threads"].append(elapsed)
         seconds["ours"].append(_seconds(lambda: ours(prompts)))
     best = {name: min(values) for name, values in seconds.items()}
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
     floor, speed = roofline_seconds(cfg, params, batch)
+
+    def ratio(times):
+        return min(time for name, time in times.items() if name != "ours") / times["ours"]
+
     return {
         "batch": batch,
         "equal_tokens": same,
-        "ratio": best["theirs"] / best["ours"],
-        "ratio_of_medians": statistics.median(seconds["theirs"])
-        / statistics.median(seconds["ours"]),
+        "ratio": ratio(best),
+        "ratio_of_medians": ratio(middle),
         "tokens_per_second": {name: batch * NEW / value for name, value in best.items()},
-        "roofline_ratio": best["theirs"] / floor,
+        "roofline_ratio": ratio(best | {"ours": floor}),
         "gigabytes_per_second": speed / 1e9,
         "seconds": seconds,
+    }
+
+
+def compare_windows(cfg, params, window, batch, rounds):
+    """Milliseconds of one step after a long prompt, with and without a window in every layer."""
+    import jax
+    import numpy as np
+
+    from qwen_jax.generate.decode import DecodeConfig, begin, extend, unrolled
+    from qwen_jax.generate.sampling import GREEDY
+    from qwen_jax.model.context import NEUTRAL, ContextConfig
+
+    flat = unrolled(params, cfg=cfg)
+    shape = (batch, LONG_PROMPT)
+    prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, shape).astype(np.int32)
+    lengths, ids = np.full(batch, LONG_PROMPT, np.int32), np.arange(batch, dtype=np.int32)
+    contexts = {"all": NEUTRAL, "window": ContextConfig(windows=(window,) * cfg.num_layers)}
+    new = 1 + (rounds + 1) * LONG_STEPS
+    made_for = {
+        name: DecodeConfig(
+            cfg, GREEDY, (), 0, new, cfg.vocab_size, context=context, log_probs=False
+        )
+        for name, context in contexts.items()
+    }
+    states = {
+        name: begin(flat, prompts, lengths, jax.random.key(0), ids, made_for=value)
+        for name, value in made_for.items()
+    }
+    caches = {name: state.cache.keys + state.cache.values for name, state in states.items()}
+    megabytes = {name: sum(x.nbytes for x in cache) / 1e6 for name, cache in caches.items()}
+    seconds = {name: [] for name in states}
+    for turn in range(rounds + 1):
+        until = 1 + (turn + 1) * LONG_STEPS
+        for name, state in states.items():
+            jax.block_until_ready(state)
+            start = time.perf_counter()
+            states[name] = extend(flat, state, until, made_for=made_for[name])
+            jax.block_until_ready(states[name])
+            if turn:  # the first one compiles
+                seconds[name].append(time.perf_counter() - start)
+    return {
+        name: {
+            "milliseconds_per_step": min(values) / LONG_STEPS * 1e3,
+            "median": statistics.median(values) / LONG_STEPS * 1e3,
+            "cache_megabytes": megabytes[name],
+        }
+        for name, values in seconds.items()
     }
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", default="1,2", help="numbers of torch's threads to try")
     parser.add_argument("--batches", default="1,16")
+    parser.add_argument("--windows", type=int, default=0, help="compare this window with none")
     parser.add_argument("--accept", action="store_true", help="exit 1 below 2 x and 1.3 x")
     parser.add_argument("--json", default="")
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
-    import torch
 
-    torch.set_num_threads(args.threads)
     cfg = model_config()
     params, ours = our_generate(cfg)
-    theirs = their_generate(cfg, params)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(f"{count / 1e6:.1f} M parameters, {PROMPT} + {NEW} tokens, {args.threads} threads")
+    batches = list(map(int, args.batches.split(",")))
+    if args.windows:
+        return _main_windows(cfg, params, args, batches)
+    theirs = their_generate(cfg, params)
+    threads = list(map(int, args.threads.split(",")))
+    print(f"{count / 1e6:.1f} M parameters, {PROMPT} + {NEW} tokens")
     results = []
-    for batch in map(int, args.batches.split(",")):
-        result = compare(cfg, params, ours, theirs, batch, args.rounds)
+    for batch in batches:
+        result = compare(cfg, params, ours, theirs, batch, args.rounds, threads)
         results.append(result)
-        rate = result["tokens_per_second"]
+        rates = ", ".join(f"{n} {rate:.0f}" for n, rate in result["tokens_per_second"].items())
         print(
-            f"batch {batch:2d}: {rate['ours']:.0f} against {rate['theirs']:.0f} tokens/s, ratio "
-            f"{result['ratio']:.2f} (of medians {result['ratio_of_medians']:.2f}, roofline "
-            f"{result['roofline_ratio']:.2f}), equal tokens {result['equal_tokens']:.3f}",
+            f"batch {batch:2d}: tokens/s {rates}; ratio {result['ratio']:.2f} (of medians "
+            f"{result['ratio_of_medians']:.2f}, roofline {result['roofline_ratio']:.2f} at "
+            f"{result['gigabytes_per_second']:.0f} GB/s), equal tokens "
+            f"{result['equal_tokens']:.3f}",
             flush=True,
         )
     if args.json:
@@ -227,6 +294,18 @@ def main():
             json.dump({"parameters": count, "results": results}, file, indent=1)
     failed = [r for r in results if r["batch"] in ACCEPT and r["ratio"] < ACCEPT[r["batch"]]]
     return 1 if args.accept and failed else 0
+
+
+def _main_windows(cfg, params, args, batches):
+    print(f"steps after {LONG_PROMPT} tokens, window {args.windows} in every layer")
+    for batch in batches:
+        for name, found in compare_windows(cfg, params, args.windows, batch, args.rounds).items():
+            print(
+                f"batch {batch:2d}, {name:6s}: {found['milliseconds_per_step']:.2f} ms per step "
+                f"(median {found['median']:.2f}), cache {found['cache_megabytes']:.1f} MB",
+                flush=True,
+            )
+    return 0
 
 
 if __name__ == "__main__":

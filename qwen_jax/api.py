@@ -5,6 +5,7 @@ commands use the same functions.
 """
 
 import codecs
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -24,6 +25,7 @@ from qwen_jax.hf.tokenizer import AnyTokenizer
 from qwen_jax.model.context import ContextConfig
 from qwen_jax.model.transformer import Transformer, head_matrix
 from qwen_jax.model.transformer import logits as head_logits
+from qwen_jax.sharding import use_mesh
 
 # Lengths are rounded up to a multiple, or here to a power of two from this on, so that few shapes
 # are compiled.
@@ -36,7 +38,7 @@ STREAM_TOKENS = 4
 class Model:
     """A loaded model.
 
-    params: with unrolled layers, as decoding reads them, and `cfg` agrees. tokenizer: text to ids.
+    params: as decoding reads them (`decode.unrolled`), and `cfg` agrees. tokenizer: text to ids.
     trained_len: longest sequence of its training in tokens. max_positions: longest prompt and
     answer together. context: what is done beyond the trained length. chat: whether the checkpoint
     says that it speaks ChatML.
@@ -101,7 +103,8 @@ def load(
         context = ContextConfig(trained.seq_len, trained.dynamic_ntk, logn=trained.logn)
     cfg = dataclasses.replace(found.cfg, scan_layers=False, remat="none")
     context.check_layers(cfg.num_layers, cfg.scan_layers)
-    params = unrolled(found.params, cfg=found.cfg)
+    with contextlib.nullcontext() if mesh is None else use_mesh(mesh):
+        params = unrolled(found.params, cfg=found.cfg)
     longest = max_positions or found.context.max_positions
     return Model(params, cfg, found.tokenizer, found.context.seq_len, longest, context, found.chat)
 

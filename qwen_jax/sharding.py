@@ -123,10 +123,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an intermediate array to the layout of its logical axes; identity without a mesh."""
+    return x if unsharded() else jax.lax.with_sharding_constraint(x, spec_of(axes))
+
+
+def unsharded() -> bool:
+    """Whether no mesh is in use, or one of a single device."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or math.prod(mesh.shape.values()) == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec_of(axes))
+    return mesh.empty or math.prod(mesh.shape.values()) == 1
 
 
 def split_rows(x: jax.Array, parts: int) -> jax.Array:

@@ -8,6 +8,7 @@ import pytest
 from tiny import abstract_params, random_params, random_tokens, row_positions, tiny_config
 
 from qwen_jax.config import LoraConfig
+from qwen_jax.generate.decode import unrolled
 from qwen_jax.model.adapters import init_adapters, merge, merge_kernel, scaled
 from qwen_jax.model.transformer import Transformer, unstack_layers
 from qwen_jax.stages.pretrain import init_fn
@@ -99,6 +100,11 @@ def test_unrolled_layers_have_adapters_of_their_own():
         adapters=scaled(flat, LORA),
     )[0]  # fmt: skip
     np.testing.assert_allclose(out, hidden(PARAMS, scaled(stacked, LORA)), atol=1e-4)
+    with pytest.raises(ValueError, match="merge them before joining"):
+        jax.eval_shape(
+            lambda p: model.apply({"params": p}, TOKENS, TOKENS, adapters=scaled(flat, LORA)),
+            unrolled(PARAMS, cfg=CFG),
+        )
 
 
 def test_sharding_follows_the_matrix():

@@ -53,6 +53,8 @@ ALLOWED = {
     "preference": EVERYTHING | {"commandline", "train"},  # its exit code
     "convert": EVERYTHING | {"train"},  # its exit code and the format of its metadata
     "plan": EVERYTHING,
+    "pipeline": EVERYTHING,
+    "pipeline/__main__": EVERYTHING | {"commandline", "pipeline", "train"},
 }
 
 # Grain workers import these: they must start fast and cannot touch a device.

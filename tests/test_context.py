@@ -10,6 +10,7 @@ from tiny import random_params, random_tokens, row_positions, tiny_config
 
 from qwen_jax.generate.decode import decode, pad_prompts
 from qwen_jax.generate.sampling import GREEDY
+from qwen_jax.model.cache import create_cache, grow
 from qwen_jax.model.context import (
     NEUTRAL,
     ContextConfig,
@@ -184,6 +185,36 @@ def test_decoding_equals_whole_rows(params, score, context):
     if alpha is not None:  # had decoding changed alpha on its way, it would show
         later = score(params, rows, context, jnp.asarray([3, 7, 7]))
         assert np.abs(later - scores)[:, :12].max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("batch", "chunks"), [(1, (3, *[1] * 21)), (BATCH, (9, 4, 1, 2, 7, 1)), (1, (14, 1, 1, 8))]
+)
+def test_windows_shrink_the_cache(params, batch, chunks):
+    """Layers hold what their windows reach, in whatever pieces the text comes, and lose nothing."""
+    windows = (5, 12)
+    context, total = ContextConfig(windows=windows), sum(chunks)
+    tokens, positions = random_tokens((batch, total)), row_positions(batch, total)
+    model = Transformer(CFG, context)
+
+    @jax.jit
+    def run(tokens, positions, cache):
+        return model.apply({"params": params}, tokens, positions, None, cache)
+
+    whole, _ = run(tokens, positions, None)
+    for kept in (windows, (4, 12)):  # the second one keeps a slot too few
+        cache = create_cache(CFG, batch, 6, kept)
+        assert [keys.shape[-2] for keys in cache.keys] == [kept[0], 6]
+        pieces, start = [], 0
+        for count in chunks:
+            cache = grow(cache, max(cache.positions_BS.shape[1], -(-(start + count) // 12) * 12))
+            piece = slice(start, start + count)
+            hidden, cache = run(tokens[:, piece], positions[:, piece], cache)
+            pieces.append(np.asarray(hidden))
+            start += count
+        assert [keys.shape[-2] for keys in cache.keys] == [kept[0], 12]
+        difference = np.abs(np.concatenate(pieces, axis=1) - np.asarray(whole)).max()
+        assert (difference < 1e-5) == (kept == windows), difference
 
 
 # Refusals.

@@ -1,5 +1,8 @@
 """The decoding loop against repeated full forward passes."""
 
+import dataclasses
+import functools
+import math
 import re
 
 import chex
@@ -19,6 +22,7 @@ from tiny import (
 from qwen_jax.generate import decode as decode_lib
 from qwen_jax.generate.decode import DecodeConfig, begin, decode, extend, pad_prompts, unrolled
 from qwen_jax.generate.sampling import GREEDY, SamplingConfig
+from qwen_jax.model.context import ContextConfig
 from qwen_jax.model.transformer import unstack_layers
 from qwen_jax.sharding import sharding_of, use_mesh
 
@@ -109,6 +113,19 @@ def test_a_row_does_not_depend_on_the_batch(params, greedy, drawn):
     assert (drawn.tokens_BR[0] != greedy.tokens_BR[0]).any()
     again = generate(params, PROMPTS, SamplingConfig(1.0, 0, 0.9), seed=1)
     assert (again.tokens_BR != drawn.tokens_BR).any()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(1.0, 0, 0.9)])
+def test_eight_ragged_prompts_equal_eight_single_runs(params, sampling):
+    lengths = (3, 16, 1, 9, 12, 2, 7, 15)
+    prompts = [random_tokens(n, NUM_REAL, seed=n).tolist() for n in lengths]
+    batch = generate(params, prompts, sampling)
+    for row, prompt in enumerate(prompts):
+        alone = generate(params, [prompt], sampling, row_ids_B=np.array([row], np.int32))
+        np.testing.assert_array_equal(alone.tokens_BR[0], batch.tokens_BR[row])
+        np.testing.assert_allclose(alone.log_probs_BR[0], batch.log_probs_BR[row], atol=1e-5)
+        assert alone.lengths_B[0] == batch.lengths_B[row]
+    assert len({tuple(row) for row in batch.tokens_BR.tolist()}) == 8
 
 
 def test_what_stands_in_the_padding_does_not_matter(params, greedy):
@@ -220,7 +237,7 @@ def test_in_two_halves_and_with_a_growing_cache(params, drawn, monkeypatch):
 def test_eight_devices_equal_one(params):
     """Batch, heads and vocabulary spread over the mesh; grouped keys included."""
     cfg = tiny_config(num_layers=1, num_kv_heads=2)
-    prompts = [random_tokens(n, NUM_REAL, seed=n).tolist() for n in (3, 9, 1, 7)]
+    prompts = [random_tokens(n, NUM_REAL, seed=n).tolist() for n in (3, 9, 1, 7, 16, 2, 5, 12)]
     tokens, lengths = pad_prompts(prompts, PAD)
     tree = random_params(cfg)
 
@@ -281,27 +298,85 @@ def test_one_compilation_per_shape(params, monkeypatch):
         run(flat, *pad_prompts([[1] * 17] * 3, PAD), jax.random.key(0), np.arange(3))
 
 
-def test_the_loop_copies_neither_cache_nor_weights():
-    """The compiled body of the loop holds no copy as large as one layer's keys."""
+def test_joined_projections(params):
+    """One product for several with the same input: other parameters, the same results."""
+    apart, joined = unstack_layers(params, CFG), unrolled(params, cfg=CFG)
+    assert {"query", "key", "value", "out"} == set(apart["block_0"]["attention"])
+    assert {"query_key_value", "out"} == set(joined["block_0"]["attention"])
+    assert {"up_gate", "down"} == set(joined["block_0"]["feed_forward"])
+    np.testing.assert_array_equal(
+        joined["block_0"]["attention"]["query_key_value"]["bias"],
+        np.concatenate(
+            [apart["block_0"]["attention"][n]["bias"] for n in ("query", "key", "value")]
+        ),
+    )
+    tokens, cfg = random_tokens((2, 8)), dataclasses.replace(CFG, scan_layers=False)
+    run = jax.jit(lambda p: apply_logits(p, tokens, row_positions(2, 8), None, cfg))
+    np.testing.assert_allclose(run(joined), run(apart), atol=1e-5)
+    swapped = joined["block_0"]["feed_forward"] | {
+        "up_gate": jax.tree.map(
+            lambda x: x[..., ::-1], joined["block_0"]["feed_forward"]["up_gate"]
+        )
+    }
+    other = joined | {"block_0": joined["block_0"] | {"feed_forward": swapped}}
+    assert np.abs(np.asarray(run(other)) - np.asarray(run(joined))).max() > 0.01
+    again = unrolled(joined, cfg=CFG)
+    assert jax.tree.structure(again) == jax.tree.structure(joined)
+    with use_mesh(mesh_of(2, tensor=2)):
+        assert "query" in unrolled(params, cfg=CFG)["block_0"]["attention"]
+
+
+def loop_bodies(batch, width, **options):
+    """The compiled loops of `_decode`, without parameters: the text of each body."""
     cfg = tiny_config(scan_layers=False, num_kv_heads=2)
-    made_for = DecodeConfig(cfg, GREEDY, (PAD,), PAD, 64, NUM_REAL)
-    batch, width = 4, 64
+    made_for = DecodeConfig(cfg, GREEDY, (PAD,), PAD, 64, NUM_REAL, **options)
     arguments = (
-        abstract_params(cfg),
+        jax.eval_shape(functools.partial(unrolled, cfg=cfg), abstract_params(cfg)),
         jax.ShapeDtypeStruct((batch, width), np.int32),
         jax.ShapeDtypeStruct((batch,), np.int32),
         jax.random.key(0),
         jax.ShapeDtypeStruct((batch,), np.int32),
     )
     text = decode_lib._decode.lower(*arguments, made_for=made_for).compile().as_text()
-    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
-    found = []
-    for name in bodies:
+    bodies = []
+    for name in set(re.findall(r"body=%?([\w.\-]+)", text)):
         body = re.search(rf"^%?{re.escape(name)} .*?^}}", text, re.MULTILINE | re.DOTALL).group(0)
-        found += re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose|slice)\(", body)
-    sizes = [int(np.prod([int(n) for n in shape.split(",")])) for shape in found]
-    assert bodies and "dynamic-update-slice" in text
-    assert not [size for size in sizes if size >= batch * 2 * 64 * cfg.head_dim], found
+        if "dynamic-update-slice" in body:
+            bodies.append(body)
+    assert bodies
+    return cfg, bodies
+
+
+def sizes_of(bodies, operations):
+    """Elements of the results of these operations."""
+    found = [
+        shape
+        for body in bodies
+        for shape in re.findall(rf"= f32\[([\d,]+)\]\S* (?:{operations})\(", body)
+    ]
+    return [math.prod(map(int, shape.split(","))) for shape in found]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_loop_copies_neither_cache_nor_weights(batch):
+    """The compiled body of the loop holds no copy as large as one layer's keys."""
+    cfg, bodies = loop_bodies(batch, width=64)
+    sizes = sizes_of(bodies, "copy|transpose|slice")
+    assert not [size for size in sizes if size >= batch * 2 * 64 * cfg.head_dim], sizes
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_windows_shrink_what_the_loop_holds(batch):
+    """With a window in each layer nothing of the cache's full length has a head's width."""
+    for windows, longest in (((), 128), ((16, 8), 16)):
+        cfg, bodies = loop_bodies(batch, width=64, context=ContextConfig(windows=windows))
+        shapes = [
+            [int(n) for n in shape.split(",")]
+            for body in bodies
+            for shape in re.findall(rf"f32\[([\d,]*2,\d+,{cfg.head_dim})\]", body)
+        ]
+        assert max(shape[-2] for shape in shapes) == longest
+        assert not [n for n in sizes_of(bodies, "copy") if n >= batch * 2 * 8 * cfg.head_dim]
 
 
 def test_pad_prompts():

@@ -66,12 +66,8 @@ def test_published_vector_of_rlax():
     values = np.array([[1, 4, -3, -2, -1]], np.float32)
     # There the value after the end is -1, not 0: its discounted share is added to the last reward.
     rewards = rewards + np.array([[0, 0, 0, 0, -0.99]], np.float32)
-    advantages, _ = losses.gae(
-        rewards, values, np.ones_like(values), discount=0.99, gae_lambda=1.0
-    )
-    np.testing.assert_allclose(
-        advantages[0], [-1.45118, -4.4557, 2.5396, 0.5249, -0.49], atol=1e-4
-    )
+    advantages, _ = losses.gae(rewards, values, np.ones_like(values), discount=0.99, gae_lambda=1.0)
+    np.testing.assert_allclose(advantages[0], [-1.45118, -4.4557, 2.5396, 0.5249, -0.49], atol=1e-4)
 
 
 def test_whitening_vectors():

@@ -9,6 +9,7 @@ from qwen_jax.generate.sampling import (
     GREEDY,
     NEGATIVE,
     SamplingConfig,
+    highest,
     keep_top_k,
     keep_top_p,
     penalise,
@@ -105,6 +106,14 @@ def test_greedy():
     # Id 3 is no token: it is neither chosen nor part of the distribution.
     expected = np.array([2, 3]) - np.log(np.exp(np.asarray(logits[:, :3])).sum(axis=1))
     np.testing.assert_allclose(log_prob, expected, rtol=1e-6)
+
+
+def test_highest_equals_argmax(real_sized):
+    np.testing.assert_array_equal(highest(real_sized), np.argmax(real_sized, axis=-1))
+    ties = jnp.asarray([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0], [-jnp.inf, -2.0, -1.0, -1.0]])
+    assert highest(ties).tolist() == [1, 0, 2]
+    # An id that exists, whatever a broken model says.
+    assert highest(jnp.full((1, 4), jnp.nan)).tolist() == [0]
 
 
 @pytest.mark.parametrize(

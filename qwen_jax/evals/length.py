@@ -184,7 +184,7 @@ def plot(lines: Sequence[Row], lengths: Sequence[int], trained_len: int, path: s
         axes.plot(lengths, line.perplexities, style, label=line.name, linewidth=1.4, markersize=5)
     axes.axvline(trained_len, color="grey", linewidth=0.8)
     axes.annotate(
-        "trained length", (trained_len, 0.97), xycoords=("data", "axes fraction"), va="top"
+        "trained length ", (trained_len, 0.5), xycoords=("data", "axes fraction"), ha="right"
     )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -193,7 +193,7 @@ def plot(lines: Sequence[Row], lengths: Sequence[int], trained_len: int, path: s
     axes.set_ylabel("perplexity")
     axes.set_title(title)
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    axes.legend(loc="upper left")  # no line is up there: only beyond the trained length
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

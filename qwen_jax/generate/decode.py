@@ -20,7 +20,14 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.generate.sampling import SamplingConfig, sample
 from qwen_jax.model.cache import KVCache, create_cache, grow
 from qwen_jax.model.context import NEUTRAL, ContextConfig, ntk_alpha
-from qwen_jax.model.transformer import Transformer, head_matrix, logits, unstack_layers
+from qwen_jax.model.transformer import (
+    Transformer,
+    head_matrix,
+    join_projections,
+    logits,
+    unstack_layers,
+)
+from qwen_jax.sharding import unsharded
 
 # The cache grows while rows get longer, so that no step reads many slots that are still empty; each
 # size compiles the loop once more.
@@ -119,8 +126,13 @@ def pad_prompts(prompts: list[list[int]], pad: int, multiple: int = 16):
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def unrolled(params, *, cfg: ModelConfig):
-    """The parameters as `decode` reads them; do it once when the same ones decode many batches."""
-    return unstack_layers(params, cfg) if "blocks" in params else params
+    """The parameters as `decode` reads them; do it once when the same ones decode many batches.
+
+    Layers apart, and without a mesh those projections in one matrix that have the same input.
+    """
+    if "blocks" in params:
+        params = unstack_layers(params, cfg)
+    return join_projections(params, cfg) if unsharded() else params
 
 
 def decode(
@@ -204,7 +216,7 @@ def _begin(params, head_DV, prompt_BP, prompt_len_B, key, row_ids_B, made_for, s
         tokens_BP,
         jnp.maximum(slots_BP - start_B1, 0),
         segments_BP,
-        create_cache(cfg, batch, size),
+        create_cache(cfg, batch, size, context.windows),
         alpha_B,
     )
     used_BV = None

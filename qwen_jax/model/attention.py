@@ -69,25 +69,25 @@ def attend(q_BLNH, k_BSKH, v_BSKH, seen: Visibility, backend: str) -> jax.Array:
     raise ValueError(f"model.attention = {backend!r}: no such back end")
 
 
-def attend_cached(q_BLNH, k_BKSH, v_BKSH, seen: Visibility) -> jax.Array:
+def attend_cached(q_BLNH, keys, values, seen: Visibility) -> jax.Array:
     """`attend` over a cache, whose heads stand before its slots; few queries, many keys.
 
-    One plain softmax: with a few queries there is nothing to gain from blocks, and heads that share
-    a key head read it once.
+    keys, values: [B, K, S, H], or [K, S, H] for a single row. One plain softmax: with a few queries
+    there is nothing to gain from blocks, and heads that share a key head read it once.
     """
     batch, length, num_heads, head_dim = q_BLNH.shape
-    num_kv = k_BKSH.shape[1]
+    num_kv = keys.shape[-3]
     q_BKGLH = q_BLNH.reshape(batch, length, num_kv, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    q_BKTH = q_BKGLH.reshape(batch, num_kv, -1, head_dim)
-    logits = jnp.einsum("bkth,bksh->bkts", q_BKTH, k_BKSH, preferred_element_type=jnp.float32)
+    q = q_BKGLH.reshape(*keys.shape[:-2], -1, head_dim)
+    logits = jnp.einsum("...th,...sh->...ts", q, keys, preferred_element_type=jnp.float32)
     logits = logits.reshape(*q_BKGLH.shape[:4], -1) * (head_dim**-0.5)
     mask = make_mask(seen)[:, None, None, :, :]
     # A finite floor, so that a row without any visible key gives zeros instead of NaN.
     logits = jnp.where(mask, logits, -1e30)
     weights = jnp.where(mask, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0.0)
     weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
-    weights = weights.astype(q_BLNH.dtype).reshape(*q_BKTH.shape[:3], -1)
-    out = jnp.einsum("bkts,bksh->bkth", weights, v_BKSH).reshape(q_BKGLH.shape)
+    weights = weights.astype(q_BLNH.dtype).reshape(*q.shape[:-1], -1)
+    out = jnp.einsum("...ts,...sh->...th", weights, values).reshape(q_BKGLH.shape)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
 
 

@@ -7,6 +7,7 @@ embeddings are in `rope.py`, attention in `attention.py`, the blocks in `transfo
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qwen_jax.config import ModelConfig
 
@@ -122,3 +123,45 @@ class Linear(nn.Module):
         if adapter is None:
             return y
         return y + linear(linear(x, adapter["down"]), adapter["up"])
+
+
+def linears(
+    module: nn.Module,
+    x: jax.Array,
+    widths: dict[str, int],
+    axes: tuple[str, ...],
+    use_bias: bool,
+    adapters: dict[str, dict[str, jax.Array] | None],
+) -> list[jax.Array]:
+    """The outputs of several `Linear` of `module` with the same input.
+
+    widths: name of each and its features. axes: the logical axis of these features. adapters: of
+    each name, see `Linear`. Where the parameters hold all of them in one (`join_linears`), it is
+    one product, cut afterwards.
+
+    Raises:
+      ValueError: adapters beside joined parameters.
+    """
+    cfg, joined = module.cfg, "_".join(widths)
+    if module.has_variable("params", joined):
+        if any(adapter is not None for adapter in adapters.values()):
+            raise ValueError(
+                f"{joined}: adapters need separate matrices; merge them before joining"
+            )
+        total = sum(widths.values())
+        y = Linear(cfg, total, ("embed", axes[0]), cfg.init_std, use_bias, name=joined)(x)
+        return jnp.split(y, np.cumsum([*widths.values()])[:-1], axis=-1)
+    return [
+        Linear(cfg, width, ("embed", axis), cfg.init_std, use_bias, name=name)(x, adapters[name])
+        for (name, width), axis in zip(widths.items(), axes, strict=True)
+    ]
+
+
+def join_linears(params, names: tuple[str, ...]):
+    """The parameters of one module with its `Linear` of these names in one, side by side."""
+    if not set(names) <= set(params):
+        return params
+    rest = {name: leaf for name, leaf in params.items() if name not in names}
+    parts = [params[name] for name in names]
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)
+    return rest | {"_".join(names): joined}

@@ -19,7 +19,16 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.model import cache as kv
 from qwen_jax.model.attention import Visibility, attend, attend_cached, training_visibility
 from qwen_jax.model.context import NEUTRAL, ContextConfig, logn_factor, ntk_scale, row_alpha
-from qwen_jax.model.layers import Linear, RMSNorm, dropout, linear, param, swiglu
+from qwen_jax.model.layers import (
+    Linear,
+    RMSNorm,
+    dropout,
+    join_linears,
+    linear,
+    linears,
+    param,
+    swiglu,
+)
 from qwen_jax.model.rope import apply_rope, rope_tables
 from qwen_jax.sharding import constrain
 
@@ -27,6 +36,8 @@ _SAVED_NAMES = {
     "save_matmuls": ("qkv", "attention", "attention_out", "mlp_in"),
     "save_attention": ("qkv", "attention"),
 }
+# Products of the same input, by the module that holds them.
+_JOINABLE = {"attention": ("query", "key", "value"), "feed_forward": ("up", "gate")}
 
 
 class Rotation(NamedTuple):
@@ -68,40 +79,34 @@ class Attention(nn.Module):
         cfg = self.cfg
         batch, length, _ = x_BLD.shape
 
-        def project(name: str, num_heads: int, axis: str):
-            heads = Linear(
-                cfg,
-                num_heads * cfg.head_dim,
-                ("embed", axis),
-                cfg.init_std,
-                cfg.qkv_bias,
-                name=name,
-            )(x_BLD, own.adapter("attention", name))
-            heads = checkpoint_name(heads, "qkv")
-            heads = heads.reshape(batch, length, num_heads, cfg.head_dim)
-            return constrain(heads, "batch", "length", "act_heads", None)
+        def heads(merged):
+            split = checkpoint_name(merged, "qkv").reshape(batch, length, -1, cfg.head_dim)
+            return constrain(split, "batch", "length", "act_heads", None)
 
-        q_BLNH = apply_rope(project("query", cfg.num_heads, "heads"), rope.tables)
-        k_BLKH = apply_rope(project("key", cfg.num_kv_heads, "kv_heads"), rope.tables)
-        v_BLKH = project("value", cfg.num_kv_heads, "kv_heads")
+        counts = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
+        names = _JOINABLE["attention"]
+        widths = {name: n * cfg.head_dim for name, n in zip(names, counts, strict=True)}
+        adapters = {name: own.adapter("attention", name) for name in names}
+        axes = ("heads", "kv_heads", "kv_heads")
+        q, k, v = linears(self, x_BLD, widths, axes, cfg.qkv_bias, adapters)
+        q_BLNH, k_BLKH = apply_rope(heads(q), rope.tables), apply_rope(heads(k), rope.tables)
+        v_BLKH = heads(v)
         if rope.query_scale_BL is not None:
             q_BLNH = q_BLNH * rope.query_scale_BL.astype(q_BLNH.dtype)[:, :, None, None]
-        cached = None
+        written = None
         if layer_cache is not None:
-            cached = kv.append_layer(
-                layer_cache.keys, layer_cache.values, layer_cache.length, k_BLKH, v_BLKH
-            )
+            written = kv.append_layer(layer_cache, k_BLKH, v_BLKH)
         if layer_cache is None or layer_cache.empty:
             out_BLNH = attend(q_BLNH, k_BLKH, v_BLKH, seen, cfg.attention)
         else:
-            reached = kv.latest(*cached, seen, layer_cache.length + length, length)
+            reached = kv.reached(layer_cache, written, k_BLKH, v_BLKH, seen)
             out_BLNH = attend_cached(q_BLNH, *reached)
         out_BLNH = checkpoint_name(out_BLNH, "attention")
         merged = out_BLNH.reshape(batch, length, cfg.num_heads * cfg.head_dim)
         std = cfg.init_std / math.sqrt(2 * cfg.num_layers)
         out = Linear(cfg, cfg.d_model, ("heads", "embed"), std, name="out")
         out_BLD = out(merged, own.adapter("attention", "out"))
-        return checkpoint_name(out_BLD, "attention_out"), cached
+        return checkpoint_name(out_BLD, "attention_out"), written
 
 
 class FeedForward(nn.Module):
@@ -113,19 +118,16 @@ class FeedForward(nn.Module):
     def __call__(self, x_BLD, own: PerLayer):
         """Maps each position on its own."""
         cfg = self.cfg
-
-        def project(x, name: str, features: int, axes: tuple[str, str], std: float):
-            matrix = Linear(cfg, features, axes, std, name=name)
-            return matrix(x, own.adapter("feed_forward", name))
-
-        up = project(x_BLD, "up", cfg.d_ff, ("embed", "mlp"), cfg.init_std)
-        gate = project(x_BLD, "gate", cfg.d_ff, ("embed", "mlp"), cfg.init_std)
+        names = _JOINABLE["feed_forward"]
+        widths = dict.fromkeys(names, cfg.d_ff)
+        adapters = {name: own.adapter("feed_forward", name) for name in names}
         up, gate = (
             constrain(checkpoint_name(y, "mlp_in"), "batch", "length", "act_mlp")
-            for y in (up, gate)
+            for y in linears(self, x_BLD, widths, ("mlp", "mlp"), False, adapters)
         )
         std = cfg.init_std / math.sqrt(2 * cfg.num_layers)
-        return project(swiglu(up, gate), "down", cfg.d_model, ("mlp", "embed"), std)
+        down = Linear(cfg, cfg.d_model, ("mlp", "embed"), std, name="down")
+        return down(swiglu(up, gate), own.adapter("feed_forward", "down"))
 
 
 class Block(nn.Module):
@@ -270,6 +272,19 @@ def unstack_layers(params, cfg: ModelConfig):
         for layer in range(cfg.num_layers)
     }
     return rest | layers
+
+
+def join_projections(params, cfg: ModelConfig):
+    """Unrolled layers with query, key and value in one matrix, and up and gate in another.
+
+    For decoding on one device: few large products take less time than many small ones. Joined, a
+    mesh could not split them by heads.
+    """
+    blocks = {}
+    for name in (f"block_{layer}" for layer in range(cfg.num_layers)):
+        joined = {part: join_linears(params[name][part], _JOINABLE[part]) for part in _JOINABLE}
+        blocks[name] = params[name] | joined
+    return params | blocks
 
 
 def _rematerialised(block, policy: str, scanned: bool):

@@ -19,7 +19,7 @@ from qwen_jax.data.heldout import HeldoutRows
 from qwen_jax.evals.scoring import heldout_scores
 from qwen_jax.generate.sampling import GREEDY, SamplingConfig
 from qwen_jax.model import scalar
-from qwen_jax.stages import pretrain
+from qwen_jax.stages import pretrain, reward
 from qwen_jax.stages.experience import Ends, answer_scores, draw_answers, make_writer
 from qwen_jax.stages.networks import POLICY, REWARD, Networks
 from qwen_jax.stages.ppo import loss_fn, make_schedules, make_tx, ratio_check
@@ -84,10 +84,11 @@ def make_stage(
             )
         if run.queries is not None:
             answers = asked(state)
+            number = len(answers.scores)
             scores |= {
-                "eval_score": float(np.mean(answers.scores, dtype=np.float64)),
-                "eval_end_rate": float(np.mean(answers.rows["ended"], dtype=np.float64)),
-                "eval_response_len": float(np.sum(answers.rows["mask"]) / len(answers.scores)),
+                "eval_score": float(np.sum(answers.scores, dtype=np.float64) / number),
+                "eval_end_rate": float(np.sum(answers.rows["ended"]) / number),
+                "eval_response_len": float(np.sum(answers.rows["mask"]) / number),
             }
         return scores
 
@@ -184,16 +185,12 @@ def calibrated(
     sampling = SamplingConfig(ppo.temperature, 0, ppo.top_p)
     ask = make_asker(model, ppo, nets, ends, num_real, mesh, sampling, rows_at_once)
     scores = ask(params, queries, key).scores.astype(np.float64)
-    mean, deviation = float(np.mean(scores)), float(np.std(scores))
-    if not deviation > 1e-6:
-        raise ValueError(
-            f"ppo.reward_from = {ppo.reward_from!r}: the reward model gives the same score "
-            f"({mean:.4g}) to all of {len(scores)} answers; there is nothing to learn from it"
-        )
+    try:
+        gain, bias = reward.calibration_of(scores)
+    except ValueError as error:
+        raise ValueError(f"ppo.reward_from = {ppo.reward_from!r}: {error}") from error
+    # The scores came with the calibration that the checkpoint has; the new one goes on top of it.
     old = params[REWARD][scalar.CALIBRATION]
-    gain, bias = float(old["gain"]) / deviation, (float(old["bias"]) - mean) / deviation
-    new = {
-        name: jax.device_put(np.float32(value), sharding.replicated(mesh))
-        for name, value in (("gain", gain), ("bias", bias))
-    }
-    return params[REWARD] | {scalar.CALIBRATION: new}
+    return reward.calibrated(
+        params[REWARD], gain * float(old["gain"]), gain * float(old["bias"]) + bias
+    )
