@@ -269,3 +269,20 @@ def test_reward_run_is_a_checkpoint_like_any_other(trained):
     judge = qwen_jax.load_reward(trained / "rm")
     assert judge.end_token == byte_tokenizer().im_end and judge.system == ""
     assert judge("1+1", "2") != judge("1+1", "5")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["sft.py:7b", "reward.py:7b"])
+def test_resumed_run_is_the_uninterrupted_one(trained, preset):
+    """Three steps and three more, or six: the same bits, with dropout in fine-tuning."""
+    name = preset[:3]
+    settings = {"init_from": trained / "base", "mesh__fsdp": 1, "mesh__data": 8}
+    for workdir, steps in (("cut", 3), ("cut", 6), ("whole", 6)):
+        argv = arguments(trained, preset, f"{workdir}_{name}", train__steps=steps, **settings)
+        assert train.main(argv) == 0
+    states = [
+        ocp.PyTreeCheckpointer().restore(find_step(trained / f"{workdir}_{name}") / "state")
+        for workdir in ("cut", "whole")
+    ]
+    assert int(states[0]["step"]) == 6
+    assert_same(*states)

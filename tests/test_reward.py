@@ -90,6 +90,7 @@ def torch_scores(batch):
     return torch, model, kernel, scores
 
 
+@pytest.mark.slow
 def test_scores_loss_and_gradients_equal_torch():
     batch = pairs()
     torch, model, kernel, theirs = torch_scores(batch)
