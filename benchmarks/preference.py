@@ -17,7 +17,7 @@ from pathlib import Path
 from qwen_jax import rewards, train
 from qwen_jax.data.formats import PreferenceFormat
 from qwen_jax.data.records import BadRecord
-from qwen_jax.evals import preferences
+from qwen_jax.evals import pairwise
 from qwen_jax.text import tokenizer_train
 from qwen_jax.text.conversations import parse_preference
 from qwen_jax.text.tokenizer import Tokenizer
@@ -107,7 +107,7 @@ def score(model: rewards.RewardModel, lines: list[str]) -> dict:
             items += sequences
             lengths.append([len(model.tokenizer.encode(answer)) for answer in answers])
     scores = model.score_sequences(items).reshape(-1, 2)
-    return {"pairs": len(lengths)} | preferences.report(scores, lengths, ["all"] * len(lengths))
+    return {"pairs": len(lengths)} | pairwise.report(scores, lengths, ["all"] * len(lengths))
 
 
 if __name__ == "__main__":
