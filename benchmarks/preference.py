@@ -2,8 +2,9 @@
 pairs, trained until it knows them by heart, and how little of that carries over to held-out pairs.
 
 The last sixth of each file is held out. The model is random at the start (its tokenizer is learnt
-from the training pairs), so the held-out accuracy is a floor: it shows what a few hundred pairs teach
-a model that has read nothing else. Prints the two reports as one JSON object.
+from the training pairs), so the held-out accuracy is a floor: it shows what a few hundred pairs
+teach a model that has read nothing else. Pairs longer than a row are left out and counted by the
+run. Prints the two reports as one JSON object.
 """
 
 import argparse
@@ -15,20 +16,22 @@ from pathlib import Path
 
 from qwen_jax import rewards, train
 from qwen_jax.data.formats import PreferenceFormat
-from qwen_jax.evals import preferences
+from qwen_jax.data.records import BadRecord
+from qwen_jax.evals import pairwise
 from qwen_jax.text import tokenizer_train
-from qwen_jax.text.conversations import RecordError, parse_preference
+from qwen_jax.text.conversations import parse_preference
 from qwen_jax.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
-SEQ_LEN = 640
+SEQ_LEN = 1024
+SYSTEM = "You are a helpful assistant."
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="glob of JSONL files of pairs")
     parser.add_argument("--workdir", default="", help="default: a temporary one")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     values = parser.parse_args()
     files = sorted(glob.glob(values.data))
@@ -62,7 +65,8 @@ def run(files: list[str], workdir: Path, epochs: int, learning_rate: float) -> d
         "tokenizer.path": workdir / "pairs.tiktoken",
         "data.train": f"all=chat:{workdir}/train_*.jsonl",
         "data.max_bad_fraction": 0.9,  # many are longer than a row
-        "data.seq_len": SEQ_LEN, "data.batch_size": 16, "data.virtual_shards": 1,
+        "chat.system": SYSTEM, "data.seq_len": SEQ_LEN,
+        "data.batch_size": 16, "data.virtual_shards": 1,
         "optimizer.peak_lr": learning_rate, "optimizer.warmup_steps": 10,
         "optimizer.weight_decay": 0.0,
         "train.steps": steps, "train.num_microbatches": 4, "train.eval_every": 0,
@@ -88,25 +92,22 @@ def texts_of(lines: list[str]) -> list[str]:
 
 def count_usable(lines: list[str], tokenizer: Tokenizer) -> int:
     """Pairs that fit into a row."""
-    row_format = PreferenceFormat(tokenizer, SEQ_LEN, "You are a helpful assistant.", 0)
-    return sum(hasattr(row_format.encode(line), "parts") for line in lines)
+    row_format = PreferenceFormat(tokenizer, SEQ_LEN, SYSTEM, tokenizer.im_end)
+    return sum(not isinstance(row_format.encode(line), BadRecord) for line in lines)
 
 
 def score(model: rewards.RewardModel, lines: list[str]) -> dict:
     """The report over the pairs that fit into a row."""
     items, lengths = [], []
     for line in lines:
-        try:
-            pair = parse_preference(line)
-        except RecordError:
-            continue
+        pair = parse_preference(line)
         answers = (pair.chosen, pair.rejected)
         sequences = [model.sequence(pair.messages, answer) for answer in answers]
         if max(map(len, sequences)) <= model.seq_len:
             items += sequences
             lengths.append([len(model.tokenizer.encode(answer)) for answer in answers])
     scores = model.score_sequences(items).reshape(-1, 2)
-    return {"pairs": len(lengths)} | preferences.report(scores, lengths, ["all"] * len(lengths))
+    return {"pairs": len(lengths)} | pairwise.report(scores, lengths, ["all"] * len(lengths))
 
 
 if __name__ == "__main__":

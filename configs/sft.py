@@ -60,6 +60,7 @@ def with_lora(config):
     config.optimizer.warmup_steps = 40  # [script] 1 % of the steps
     config.optimizer.schedule = "cosine"  # [script]
     config.train.dropout = 0.0
+    config.train.num_microbatches = 32  # 4 rows at once: the activations of 7B then fit as well
     config.lora = ml_collections.ConfigDict(
         {
             "rank": 64,  # [script]

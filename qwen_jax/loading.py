@@ -212,9 +212,9 @@ def restore_model(found: Checkpoint, abstract: Any, subtree: str = "") -> Any:
         return restore.restore_params(found.step_dir, abstract, subtree=subtree)
     prefix = subtree + "." if subtree else ""
     base = restore.restore_params(found.step_dir, abstract, subtree=prefix + BASE)
-    adapters = restore.restore_params(
-        found.step_dir, _abstract_adapters(found.cfg, lora), subtree=prefix + ADAPTERS
-    )
+    where = jax.tree.leaves(abstract)[0].sharding
+    beside = _abstract_adapters(found.cfg, lora, None if where is None else where.mesh)
+    adapters = restore.restore_params(found.step_dir, beside, subtree=prefix + ADAPTERS)
     return jax.jit(merge, static_argnames="cfg", donate_argnums=0)(base, adapters, cfg=lora)
 
 
@@ -239,9 +239,9 @@ def _lora_of(found: Checkpoint, subtree: str) -> LoraConfig | None:
     return found.lora if subtree in ("", *SUBTREES.values()) else None
 
 
-def _abstract_adapters(cfg: ModelConfig, lora: LoraConfig) -> Any:
+def _abstract_adapters(cfg: ModelConfig, lora: LoraConfig, mesh: jax.sharding.Mesh | None) -> Any:
     boxed = jax.eval_shape(lambda key: init_adapters(_boxed(cfg), lora, key), jax.random.key(0))
-    return nn.unbox(boxed)
+    return _placed(boxed, mesh)
 
 
 def leaf_reader(found: Checkpoint, subtree: str = "") -> convert.ReadLeaf:
@@ -256,7 +256,7 @@ def leaf_reader(found: Checkpoint, subtree: str = "") -> convert.ReadLeaf:
     prefix = ["params", *(subtree.split(".") if subtree else [])]
     base = abstract_params(found.cfg, None)
     lora = _lora_of(found, subtree)
-    adapters = {} if lora is None else _abstract_adapters(found.cfg, lora)
+    adapters = {} if lora is None else _abstract_adapters(found.cfg, lora, None)
     wanted = base if lora is None else {BASE: base, ADAPTERS: adapters}
     manifest = restore.read_manifest(found.step_dir)
     dotted = ".".join(prefix) + "."

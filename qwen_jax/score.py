@@ -28,7 +28,7 @@ from absl import flags
 from tqdm import tqdm
 
 from qwen_jax import api, commandline, loading, rewards
-from qwen_jax.evals import preferences
+from qwen_jax.evals import pairwise
 from qwen_jax.metrics import write_atomically
 from qwen_jax.stages import reward
 from qwen_jax.text import chatml
@@ -155,14 +155,14 @@ def _report(out: Path, gain: float, values: flags.FlagValues) -> None:
     )
     # The loss is that of the scores as they were trained; a gain would make the model look surer.
     scores = scores / gain
-    figures: dict[str, Any] = preferences.report(scores, lengths, [values.data] * len(pairs))
+    figures: dict[str, Any] = pairwise.report(scores, lengths, [values.data] * len(pairs))
     figures = {name.removeprefix("heldout_"): value for name, value in figures.items()}
     for name, value in figures.items():
         print(f"{name:<32}{value:.4f}")
     if values.plot:
-        preferences.plot(scores, lengths, Path(values.plot), f"{values.checkpoint}: {values.data}")
+        pairwise.plot(scores, lengths, Path(values.plot), f"{values.checkpoint}: {values.data}")
     if values.report:
-        bins = preferences.reliability(scores[:, 0] - scores[:, 1])
+        bins = pairwise.reliability(scores[:, 0] - scores[:, 1])
         figures |= {"reliability": [row._asdict() for row in bins]}
         figures |= {"checkpoint": values.checkpoint, "data": values.data, "pairs": len(pairs)}
         write_atomically(Path(values.report), json.dumps(figures, indent=2) + "\n")

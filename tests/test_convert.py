@@ -20,8 +20,11 @@ def run(*arguments):
     return convert.main(["convert", *map(str, arguments)])
 
 
-def save_workdir(workdir, cfg, params, *, stage="pretrain", tokenizer_path="learn", steps=(1,)):
-    """A workdir as training leaves it, as far as reading it goes."""
+def save_workdir(
+    workdir, cfg, params, *, stage="pretrain", tokenizer_path="learn", steps=(1,), config=None,
+    probe=None,
+):  # fmt: skip
+    """A workdir as training leaves it, as far as reading it goes; config: groups besides."""
     tokenizer = byte_tokenizer()
     config = {
         "name": "test",
@@ -29,10 +32,11 @@ def save_workdir(workdir, cfg, params, *, stage="pretrain", tokenizer_path="lear
         "model": {**vars(cfg)},
         "tokenizer": {"path": str(tokenizer_path)},
         "data": {"seq_len": 48},
-    }
+    } | (config or {})
     if tokenizer_path == "learn":
         tokenizer.save(workdir / "tokenizer.tiktoken")
     meta = {"format": 1, "config": config, "tokenizer_sha256": tokenizer.sha256}
+    meta |= {} if probe is None else {"probe": probe}
     with Checkpoints(
         workdir / "checkpoints", keep_latest=5, keep_every=0, keep_best=None, async_save=False,
         max_consecutive_failures=1, log=lambda text: None,

@@ -18,7 +18,7 @@ from tiny import (
 )
 
 from qwen_jax.data.heldout import HeldoutRows
-from qwen_jax.evals import preferences
+from qwen_jax.evals import pairwise
 from qwen_jax.model import scalar
 from qwen_jax.stages import reward
 from qwen_jax.trainer.state import create_state
@@ -90,6 +90,7 @@ def torch_scores(batch):
     return torch, model, kernel, scores
 
 
+@pytest.mark.slow
 def test_scores_loss_and_gradients_equal_torch():
     batch = pairs()
     torch, model, kernel, theirs = torch_scores(batch)
@@ -104,6 +105,8 @@ def test_scores_loss_and_gradients_equal_torch():
     np.testing.assert_allclose(scores, theirs.detach().numpy(), atol=1e-4)
     assert np.std(theirs.detach().numpy()) > 1
     assert float(total) == pytest.approx(loss.item(), rel=1e-5)
+    worst = np.abs(scores - theirs.detach().numpy()).max()
+    print(f"scores {worst:.1e}, loss {total / PAIRS:.6f}, {abs(total - loss.item()) / PAIRS:.1e}")
     np.testing.assert_allclose(gradient[scalar.SCORE]["kernel"], kernel.grad.numpy(), atol=1e-4)
     theirs = model.embed_tokens.weight.grad.numpy()
     ours = np.asarray(gradient[scalar.MODEL]["embedding"])
@@ -181,7 +184,7 @@ def test_report_by_hand():
     # Margins 1, -1, 2, 0: sigmoid(|m|) is 0.731, 0.731, 0.881, 0.5; a draw is not right.
     scores = np.array([[1.0, 0.0], [0.0, 1.0], [3.0, 1.0], [5.0, 5.0]])
     lengths = np.array([[9, 3], [3, 9], [4, 2], [1, 2]])
-    figures = preferences.report(scores, lengths, ["a", "a", "b", "b"])
+    figures = pairwise.report(scores, lengths, ["a", "a", "b", "b"])
     assert figures["heldout_accuracy"] == 0.5
     assert figures["heldout_accuracy/a"] == figures["heldout_accuracy/b"] == 0.5
     assert figures["heldout_margin"] == 0.5
@@ -193,16 +196,16 @@ def test_report_by_hand():
     assert figures["accuracy_if_longer_rejected"] == 0.0
     flat, long = scores.ravel(), lengths.ravel()
     assert figures["reward_length_pearson"] == pytest.approx(np.corrcoef(flat, long)[0, 1])
-    assert "heldout_accuracy/a" not in preferences.report(scores, lengths, ["a"] * 4)
+    assert "heldout_accuracy/a" not in pairwise.report(scores, lengths, ["a"] * 4)
 
 
 def test_rank_correlation_sees_what_is_not_linear():
     scores = np.array([[0.0, 1.0], [2.0, 3.0]])
-    figures = preferences.report(scores, np.array([[1, 10], [100, 1000]]), ["a", "a"])
+    figures = pairwise.report(scores, np.array([[1, 10], [100, 1000]]), ["a", "a"])
     assert figures["reward_length_spearman"] == pytest.approx(1.0)
     assert figures["reward_length_pearson"] < 0.95
     # Nothing is made up where no correlation is defined.
-    same = preferences.report(scores, np.full((2, 2), 5), ["a", "a"])
+    same = pairwise.report(scores, np.full((2, 2), 5), ["a", "a"])
     assert not [name for name in same if "length" in name or "longer" in name]
 
 
@@ -210,8 +213,8 @@ def test_calibration_error_of_a_calibrated_and_of_a_boasting_model():
     rng = np.random.default_rng(0)
     sizes = rng.uniform(0, 3, 20_000)
     signs = np.where(rng.random(20_000) < 1 / (1 + np.exp(-sizes)), 1, -1)
-    honest = preferences.calibration_error(preferences.reliability(sizes * signs))
-    boasting = preferences.calibration_error(preferences.reliability(4 * sizes * signs))
+    honest = pairwise.calibration_error(pairwise.reliability(sizes * signs))
+    boasting = pairwise.calibration_error(pairwise.reliability(4 * sizes * signs))
     assert honest < 0.015 and boasting > 0.15
 
 

@@ -86,6 +86,7 @@ def loss_of(batch):
     return float(total) / float(weight), int(weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reading", ["report", "released_script"])
 def test_loss_equals_transformers_with_the_same_labels(reading):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -109,6 +110,7 @@ def test_loss_equals_transformers_with_the_same_labels(reading):
     ours, weight = loss_of(packed)
     assert weight == count
     assert ours == pytest.approx(nats / count, rel=1e-5)
+    print(f"{reading}: loss {ours:.6f}, difference {abs(ours - nats / count):.1e}")
     other, _ = loss_of(rows_of(lines, "report" if reading != "report" else "released_script"))
     assert abs(other - ours) > 1e-2
 
@@ -221,6 +223,7 @@ def test_adapters_alone_move():
     )
 
 
+@pytest.mark.slow
 def test_adapters_of_full_rank_fit_what_they_are_shown():
     """One batch by heart: rank 32 on all matrices of a width of 32."""
     mesh = mesh_of(1)

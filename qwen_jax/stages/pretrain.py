@@ -94,17 +94,20 @@ def probe_fn(cfg: ModelConfig, weights: Weights = ALL) -> Callable:
     return lambda params: {"model": [float(x) for x in jax.device_get(probe(params))]}
 
 
-def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+def flops_per_token(cfg: ModelConfig, seq_len: int, *, frozen: bool = False) -> float:
     """Training FLOPs of one token: 6 per weight of a matrix product, and causal attention.
 
-    The input embedding is a lookup and does not count; recomputation does not count either.
+    The input embedding is a lookup and does not count; recomputation does not count either. frozen:
+    4 per weight, as under adapters, whose own few products are left out.
     """
     attention = cfg.head_dim * (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.d_model
     attention += cfg.num_heads * cfg.head_dim * cfg.d_model
     matmul = (
         cfg.num_layers * (attention + 3 * cfg.d_model * cfg.d_ff) + cfg.vocab_size * cfg.d_model
     )
-    return 6 * matmul + 6 * cfg.num_layers * seq_len * cfg.num_heads * cfg.head_dim
+    return (
+        4 if frozen else 6
+    ) * matmul + 6 * cfg.num_layers * seq_len * cfg.num_heads * cfg.head_dim
 
 
 class LmRun(NamedTuple):
@@ -174,7 +177,8 @@ def language_model_stage(
         evaluate=evaluate if run.heldout else None,
         samples=samples if run.sample_prompts and run.sample_tokens else None,
         tokens_per_batch=num_tokens,
-        flops_per_batch=num_tokens * flops_per_token(model, run.batch_shape[1]),
+        flops_per_batch=num_tokens
+        * flops_per_token(model, run.batch_shape[1], frozen=weights.trained is not None),
         trained=weights.trained,
         probe=probe_fn(model, weights),
     )

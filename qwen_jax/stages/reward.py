@@ -20,7 +20,7 @@ from qwen_jax import sharding
 from qwen_jax.config import ModelConfig, OptimizerConfig
 from qwen_jax.data.batch import DeviceBatches
 from qwen_jax.data.heldout import HeldoutRows
-from qwen_jax.evals import preferences
+from qwen_jax.evals import pairwise
 from qwen_jax.model import scalar
 from qwen_jax.stages.pretrain import flops_per_token, probe_tokens
 from qwen_jax.trainer.optimizer import make_optimizer, make_schedule
@@ -123,7 +123,7 @@ def make_stage(
     )
 
     def evaluate(state):
-        return preferences.heldout_report(
+        return pairwise.heldout_report(
             state.params, score_fn, run.heldout, mesh, run.pairs_per_evaluation
         )
 

@@ -75,7 +75,8 @@ def paint(tokenizer: Tokenizer, rendered: chatml.Rendered, color: bool) -> str:
         if color:
             style = (_TRAINED if trained else _NOT_TRAINED) + (_CONTROL if control else "")
             # Colours end before a newline: a terminal would paint the rest of the line.
-            parts.append("\n".join(f"{style}{line}{_RESET}" for line in text.split("\n")))
+            painted = (f"{style}{line}{_RESET}" if line else "" for line in text.split("\n"))
+            parts.append("\n".join(painted))
         else:
             parts.append(f"⟦{text}⟧" if trained else text)
     return "".join(parts)

@@ -75,11 +75,12 @@ def run(stage: Stage, state: TrainState, context: Run) -> Outcome:
         for step in range(start + 1, cfg.steps + 1):
             profiler.before_step(step - start)
             batch = stage.batches.next(state)
+            about_batch = stage.batches.metrics()  # now: when the step is read, another is drawn
             with sharding.use_mesh(context.mesh):
                 state, metrics = step_fn(state, batch)
             if pending is not None:
                 reporter.read(*pending)
-            pending = (step, metrics)
+            pending = (step, metrics, about_batch)
             if step == start + 1:
                 watchdog.start()  # not before the first step has been compiled
             watchdog.beat()
@@ -162,7 +163,7 @@ class _Reporter:
         self._skipped = self._skipped_in_row = 0
         self._last: dict[str, Any] = {}
 
-    def read(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def read(self, step: int, metrics: dict[str, jax.Array], about_batch: dict[str, float]) -> None:
         """Takes in the metrics of one finished step; logs when its turn has come.
 
         Raises:
@@ -190,7 +191,7 @@ class _Reporter:
             )
         self._bar.update(1)
         if _due(step, self._context.train.log_every, self._context.train.steps):
-            self._log(step, values)
+            self._log(step, values | about_batch)
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         now = time.perf_counter()
@@ -201,8 +202,7 @@ class _Reporter:
         mfu = metrics_lib.model_flops_utilisation(
             self._stage.flops_per_batch, per_step, device.device_kind, jax.device_count()
         )
-        self._last = values | self._stage.batches.metrics()
-        self._last |= {
+        self._last = values | {
             "learning_rate": float(self._stage.schedule(step - 1)),
             "tokens_per_sec": self._stage.tokens_per_batch / per_step,
             "step_secs": per_step,
