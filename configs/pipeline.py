@@ -71,9 +71,9 @@ def _rm(config):
 
 def _ppo(config):
     _chat(config, "ppo")
-    config.data.batch_size = 32
+    config.data.batch_size = 64
     config.optimizer.update(
-        peak_lr=3e-4, warmup_steps=0, schedule="constant", eps=1e-5, weight_decay=0.0
+        peak_lr=5e-4, warmup_steps=0, schedule="constant", eps=1e-5, weight_decay=0.0
     )
     config.ppo = ppo.get_config().ppo
     config.ppo.update(
@@ -85,16 +85,16 @@ def _ppo(config):
         value_lr=1e-3,
         calibration_queries=256,
         ratio_tolerance=1e-4,
-        eval_queries=160,
+        eval_queries=20,
         pretrain_coef=1.0,
         pretrain_rows=16,
     )
-    updates = config.ppo.epochs * config.ppo.queries * config.ppo.responses_per_query // 32
+    # Two answers to each of 64 queries in minibatches of 64, twice over: 4 steps a rollout.
     config.train.update(
-        steps=60 * updates,
-        log_every=updates,
-        eval_every=10 * updates,
-        sample_every=10 * updates,
+        steps=72 * 4,
+        log_every=4,
+        eval_every=12 * 4,
+        sample_every=12 * 4,
         sample_prompts=(),
     )
 
