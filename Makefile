@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 MINOR := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
 TESTED := $(wildcard constraints/$(MINOR).txt)
 
-.PHONY: quickstart test test-slow lint golden dryrun constraints
+.PHONY: quickstart pipeline test test-slow lint golden dryrun constraints
 
 $(VENV)/installed: requirements.txt $(TESTED)
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,12 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt requirements-dev-n
 quickstart: $(VENV)/installed
 	$(BIN)/python -m qwen_jax.train --config=configs/tiny.py --workdir=$(WORKDIR)
 	cat $(WORKDIR)/summary.json
+
+# Raw text to aligned model, all stages, with a report: SEED chooses the run.
+SEED ?= 0
+PIPELINE ?= runs/pipeline
+pipeline: $(VENV)/installed
+	$(BIN)/python -m qwen_jax.pipeline --workdir=$(PIPELINE) --seed=$(SEED)
 
 # Everything that takes less than ten seconds a test.
 test: $(VENV)/installed-dev

@@ -121,3 +121,29 @@ def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def plot_charts(rows: list[dict[str, Any]], names: tuple[str, ...], path: Path, title: str) -> None:
+    """Draws each metric over the steps in a chart of its own, all in one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = 4
+    lines = -(-len(names) // columns)
+    size = (3.6 * columns, 2.4 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, dpi=110, squeeze=False)
+    for axis, name in zip(axes.flat, names):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axis.plot(*zip(*points), linewidth=1.2)
+        axis.set_title(name, fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

@@ -125,7 +125,7 @@ def train(job: Job) -> int:
         extra = {"name": job.cfg.name, "data": job.rows.mixture_report()}
         if job.gzip_bits_per_byte is not None:
             extra["gzip_bits_per_byte"] = job.gzip_bits_per_byte
-        loop.write_results(outcome, context.workdir, extra, f"{job.cfg.name}: loss")
+        loop.write_results(job.stage, outcome, context.workdir, extra, job.cfg.name)
         _log_summary(outcome.summary | extra, context.workdir, log)
     if saved != step:
         log(f"error: step {step} could not be saved; run the same command to train on from {saved}")

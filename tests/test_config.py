@@ -53,7 +53,48 @@ def test_every_file_of_configs_is_a_preset_or_a_part_of_one():
     names = {path.stem for path in (ROOT / "configs").glob("*.py")}
     assert set(PRESETS) <= names
     for name in names - {"base", "sizes", "__init__"}:
-        assert isinstance(load_preset(name), Config), name
+        assert isinstance(Config.from_dict(with_paths(load_values(name))), Config), name
+
+
+def with_paths(values):
+    """A preset with the workdirs that only its user can name."""
+    if values.ppo is not None or values.lora is not None:
+        values.init_from = "earlier"
+    if values.ppo is not None:
+        values.ppo.reward_from = "reward"
+    return values.to_dict()
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+@pytest.mark.parametrize("size", ["1_8b", "7b", "14b"])
+def test_presets_of_alignment_take_a_size_and_adapters(name, size):
+    whole, adapted = (
+        Config.from_dict(with_paths(load_values(name, argument)))
+        for argument in (size, f"{size},lora")
+    )
+    assert whole.lora is None and adapted.lora.rank == 64
+    assert whole.model.d_model == load_preset(size).model.d_model
+    with pytest.raises(ValueError, match="loar"):
+        load_values(name, f"{size},loar")
+
+
+def test_ppo_names_what_is_missing_or_does_not_fit():
+    values = with_paths(load_values("ppo"))
+    for path, value, message in (
+        ("init_from", "", "init_from = '': name the fine-tuned policy"),
+        ("ppo.reward_from", "", "ppo.reward_from = '': name the reward model"),
+        ("ppo", None, "ppo = None: stage 'ppo' needs settings ppo"),
+        ("stage", "sft", "ppo = .*stage 'sft' has no settings ppo"),
+        ("train.dropout", 0.1, "train.dropout = 0.1: must be 0 in ppo"),
+        ("data.batch_size", 320, "data.batch_size = 320: must divide"),
+        ("train.steps", 2001, "train.steps = 2001: must be a multiple of the 8 steps"),
+        ("ppo.kl_estimator", "k4", "legal: k1, k2, k3"),
+        ("ppo.top_p", 0.0, "ppo.top_p = 0.0"),
+        ("ppo.pretrain_rows", 4, "together, or none of them"),
+        ("ppo.gae_lambda", 1.5, "ppo.gae_lambda = 1.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Config.from_dict(changed(values, path, value))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -176,14 +176,14 @@ def load_preset(name: str) -> Config:
     return Config.from_dict(load_values(name).to_dict())
 
 
-def load_values(name: str):
-    """The ConfigDict that a file of `configs/` returns."""
+def load_values(name: str, argument: str = ""):
+    """The ConfigDict that a file of `configs/` returns; argument: what follows its name."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     spec = importlib.util.spec_from_file_location(f"preset_{name}", ROOT / f"configs/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return module.get_config(argument) if argument else module.get_config()
 
 
 def qwen_state_dict(params, cfg: ModelConfig) -> dict[str, np.ndarray]:

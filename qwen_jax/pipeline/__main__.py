@@ -132,7 +132,14 @@ def _measure(workdir: Path, data: Path) -> dict:
         PpoConfig(**settings),
     )
     models = ("pretrain", "sft", "ppo", "ppo_without_text")
-    return {"models": {name: measure.measure(judge, workdir / name) for name in models}}
+    accuracy = {
+        name: json.loads((workdir / name / "summary.json").read_text())["heldout_accuracy"]
+        for name in ("pmp", "rm")
+    }
+    return {
+        "models": {name: measure.measure(judge, workdir / name) for name in models},
+        "rm_accuracy": accuracy,
+    }
 
 
 def _parse_flags(argv: Sequence[str]) -> flags.FlagValues:

@@ -27,6 +27,13 @@ from qwen_jax.stages.rollout import Rollouts
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.trainer.stage import Stage
 
+CHARTS = (
+    "score", "score_normalised", "reward", "eval_score", "kl", "kl_k3", "approx_kl", "ratio",
+    "ratio_error", "clip_fraction", "entropy", "policy_loss", "value_loss", "value_clip_fraction",
+    "explained_variance", "value", "response_len", "end_rate", "repeated_tokens", "text_loss",
+    "heldout_loss", "grad_norm/policy", "grad_norm/value", "learning_rate",
+)  # fmt: skip
+
 
 class Asked(NamedTuple):
     """Answers to a fixed set of queries: their rows on the host, and the score of each [E]."""
@@ -119,6 +126,7 @@ def make_stage(
         trained=nets.trained,
         check=ratio_check(ppo, ppo.updates_per_rollout(answers)),
         probe=_probe_fn(model, nets),
+        charts=CHARTS,
     )
 
 

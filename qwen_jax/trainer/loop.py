@@ -285,9 +285,13 @@ def _clock(secs: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
-def write_results(outcome: Outcome, workdir: Path, extra: dict[str, Any], title: str) -> None:
-    """Writes `summary.json` and `loss.png` at the end of a run."""
+def write_results(
+    stage: Stage, outcome: Outcome, workdir: Path, extra: dict[str, Any], name: str
+) -> None:
+    """Writes `summary.json`, `loss.png` and the charts of the stage at the end of a run."""
     summary = json.dumps(outcome.summary | extra, indent=2, sort_keys=True)
     metrics_lib.write_atomically(workdir / "summary.json", summary + "\n")
     rows = metrics_lib.read_metrics(workdir / "metrics.jsonl")
-    metrics_lib.plot_losses(rows, workdir / "loss.png", title)
+    metrics_lib.plot_losses(rows, workdir / "loss.png", f"{name}: loss")
+    if stage.charts:
+        metrics_lib.plot_charts(rows, stage.charts, workdir / "diagnostics.png", name)

@@ -60,6 +60,7 @@ class Stage(NamedTuple):
         The rest (a reference policy, the base under adapters) are in the state and stay as they
         are, bit for bit.
     check: (step, metrics of the step) -> None; raises `StageError` when they cannot be right.
+    charts: names of metrics drawn side by side in `diagnostics.png` at the end of a run.
     probe: params -> a few numbers for each model in them, the same for the same weights. They are
         saved beside a checkpoint, so that the stage that starts from it can compare.
     """
@@ -76,3 +77,4 @@ class Stage(NamedTuple):
     trained: tuple[str, ...] | None = None
     check: Callable[[int, dict[str, float]], None] | None = None
     probe: Callable[[Any], dict[str, list[float]]] | None = None
+    charts: tuple[str, ...] = ()
