@@ -120,9 +120,9 @@ def comparisons(rng: random.Random, noise: float) -> Iterator[dict]:
             (
                 (right, off),
                 (right, off),
+                (right, off),
                 (right, verbose(problem, right)),
                 (right, verbose(problem, off)),
-                (verbose(problem, right), verbose(problem, off)),
             )
         )
         if rng.random() < noise:
