@@ -1,6 +1,6 @@
 """Runs tasks of the table on a model: items to queries, batches, answers, verdicts, records.
 
-Every record is written to `OUT.partial` as it completes, a line each; the same command goes on with
+Every record is written to `OUT.partial.jsonl` as it completes, a line each; the same command goes on with
 a file it has begun. Batches are always composed in the same way, so a resumed run computes what an
 uninterrupted one would, and the result file has the same bytes.
 """
@@ -149,7 +149,7 @@ def run_task(
     if num_groups < task.num_groups:
         log(f"{task.name}: {num_groups} of its {task.num_groups} parts, not comparable as a whole")
     todo = _batches(runner, items, asked)
-    num_done = sum((task.name, item.id) in partial.done for item in items)
+    num_done = _check_done(task, items, asked, partial, runner)
     with (
         tqdm(total=len(items), initial=num_done, desc=task.name, unit="item") as bar,
         ThreadPoolExecutor(max(1, task.workers)) as pool,
@@ -177,6 +177,22 @@ def run_task(
         "metrics": [score._asdict() for score in summarise(records, task.metrics)],
         "examples": records,
     }
+
+
+def _check_done(task: Task, items, asked, partial: Partial, runner: Runner) -> int:
+    """How many records are there already; they must be of the same prompts."""
+    count = 0
+    for item, one in zip(items, asked):
+        if (task.name, item.id) not in partial.done:
+            continue
+        record = partial.done[task.name, item.id]
+        if "prompt" in record and record["prompt"] != runner.tokenizer.decode(one.tokens):
+            raise ValueError(
+                f"{partial.path}: {task.name} {item.id} has another prompt: the data have changed; "
+                "name another --out or remove the file"
+            )
+        count += 1
+    return count
 
 
 def _ask(runner: Runner, setting: Setting, query: Query) -> _Asked:
@@ -251,9 +267,7 @@ def _answer(
     return answers
 
 
-def _write(
-    runner: Runner, setting: Setting, asked: Sequence[_Asked], shared: int
-) -> list[Answer]:
+def _write(runner: Runner, setting: Setting, asked: Sequence[_Asked], shared: int) -> list[Answer]:
     prompts = [one.tokens for one in asked]
     if any(prompt[:shared] != prompts[0][:shared] for prompt in prompts):
         shared = 0  # a later question was cut at the left
@@ -315,11 +329,6 @@ def _record(
     if isinstance(asked.query, Choose):
         record["log_probs"] = [round(value, NUM_DIGITS) for value in answers[0].log_probs]
     return record | verdict
-
-
-def write_results(path: Path, results: dict[str, Any], write: Callable[[Path, str], None]) -> None:
-    """The result file, written whole or not at all."""
-    write(path, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -1,10 +1,13 @@
-"""Benchmark files as they are published: CSV, JSON, JSON lines. A missing one says where to get it."""
+"""Benchmark files as published: CSV, JSON, JSON lines. A missing one says where to get it."""
 
 import csv
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+_SPACE = re.compile(r"\s*")
 
 
 def find(folder: Path, names: tuple[str, ...], source: str) -> Path:
@@ -55,15 +58,16 @@ def read_json(path: Path, *needed: str) -> list[dict[str, Any]]:
     Raises:
       ValueError: it is none of these, or a field is missing.
     """
-    text, decoder, rows, place = read_text(path), json.JSONDecoder(), [], 0
-    while text[place:].strip():
-        start = place + len(text[place:]) - len(text[place:].lstrip())
+    text, decoder, rows = read_text(path), json.JSONDecoder(), []
+    place = _SPACE.match(text).end()
+    while place < len(text):
         try:
-            value, place = decoder.raw_decode(text, start)
+            value, end = decoder.raw_decode(text, place)
         except json.JSONDecodeError as error:
-            line = text.count("\n", 0, start) + 1
+            line = text.count("\n", 0, place) + 1
             raise ValueError(f"{path}:{line}: not JSON ({error.msg})") from error
         rows += value if isinstance(value, list) else [value]
+        place = _SPACE.match(text, end).end()
     for number, row in enumerate(rows, start=1):
         missing = [name for name in needed if not isinstance(row, dict) or name not in row]
         if missing:

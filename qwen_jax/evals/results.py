@@ -86,12 +86,12 @@ def bootstrap(columns: _Columns, metric: Metric) -> tuple[float, np.ndarray]:
 def difference(
     first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], metric: Metric
 ) -> Score | None:
-    """How much more `second` has than `first`, over the items of both; None without any."""
+    """How much more `second` has than `first`, over the items of both; None without any.
+
+    Every record has the field of the metric.
+    """
     by_id = {record["id"]: record for record in first}
-    pairs = [
-        (by_id[r["id"]], r) for r in second
-        if r["id"] in by_id and r[metric.field] is not None and by_id[r["id"]][metric.field] is not None
-    ]  # fmt: skip
+    pairs = [(by_id[record["id"]], record) for record in second if record["id"] in by_id]
     if not pairs:
         return None
     # The same seed draws the same items for both.

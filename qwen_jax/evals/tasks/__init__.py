@@ -4,7 +4,5 @@ from qwen_jax.evals.task import Task
 from qwen_jax.evals.tasks import bbh, math, multiple_choice, text
 
 TASKS: dict[str, Task] = {
-    task.name: task
-    for family in (multiple_choice, math, bbh, text)
-    for task in family.TASKS
+    task.name: task for family in (multiple_choice, math, bbh, text) for task in family.TASKS
 }

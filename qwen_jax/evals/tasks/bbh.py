@@ -28,20 +28,21 @@ from qwen_jax.evals.task import (
     Write,
     verdict,
 )
+from qwen_jax.evals.tasks.subjects import words
 
 SOURCE = "github.com/suzgunmirac/BIG-Bench-Hard, bbh/*.json and cot-prompts/*.txt (MIT)"
-LETTERS = """
+LETTERS = words("""
     date_understanding disambiguation_qa geometric_shapes hyperbaton logical_deduction_five_objects
     logical_deduction_seven_objects logical_deduction_three_objects movie_recommendation
     penguins_in_a_table reasoning_about_colored_objects ruin_names
     salient_translation_error_detection snarks temporal_sequences
     tracking_shuffled_objects_five_objects tracking_shuffled_objects_seven_objects
     tracking_shuffled_objects_three_objects
-""".split()
-FREE = """
+""")
+FREE = words("""
     boolean_expressions causal_judgement dyck_languages formal_fallacies multistep_arithmetic_two
     navigate object_counting sports_understanding web_of_lies word_sorting
-""".split()
+""")
 
 
 def read(folder: Path, setting: Setting) -> list[Item]:
@@ -62,7 +63,9 @@ def read(folder: Path, setting: Setting) -> list[Item]:
             for number, row in enumerate(content["examples"])
         ]
     if not items:
-        raise ValueError(f"{folder}: none of the 27 task files is there; the official data: {SOURCE}")
+        raise ValueError(
+            f"{folder}: none of the 27 task files is there; the official data: {SOURCE}"
+        )
     return items
 
 

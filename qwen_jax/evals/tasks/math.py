@@ -8,7 +8,7 @@ one user turn. All examples are questions of GSM8K's own train split and are fou
 the text made of them is checked against the hash of the released one.
 
 Neither Qwen's prompts nor its rules for Math401 and Math23K are published. Here a base model
-continues `1+1=` and `问题：...\n答案：`, and a chat model is asked the expression or question alone.
+continues `1+1=` and `问题：...\n答案：`; a chat model is asked the expression or question alone.
 Math401 is scored as its authors do (arXiv 2304.02015): correct within 1e-3, the mean relative error
 limited to 10, and the share of answers without a number. Math23K compares numbers to 1e-4, whatever
 form they are written in.
