@@ -2,8 +2,8 @@
 
 `--tasks=list` prints the benchmarks with where their data are to be had; `docs/evaluation.md` has
 the layout of the folder. Models that say so are run as chat models, `--base` and `--chat` decide
-otherwise. Each example is kept in `FILE.json.partial.jsonl` as it completes, and the same command goes
-on where it was stopped. Prints a table with 95 % intervals.
+otherwise. Each example is kept in `FILE.json.partial.jsonl` as it completes, and the same command
+goes on where it was stopped. Prints a table with 95 % intervals.
 
 `python -m qwen_jax.evaluate compare A.json B.json --report=Qwen-7B` puts results beside each other
 and beside what was published.

@@ -10,12 +10,14 @@ from evaluation_data import data_folder
 from tiny import byte_tokenizer
 
 from qwen_jax.evals import engine, reading
+from qwen_jax.evals.results import summarise
 from qwen_jax.evals.task import BASE, CHAT, Answer, Choose, Item, Predict, Setting, Write
 from qwen_jax.evals.tasks import TASKS, choice_answers, multiple_choice, numbers
 from qwen_jax.evals.tasks import math as math_tasks
 
 TOKENIZER = byte_tokenizer()
-ROW = {"question": "Which one?", "A": "red", "B": "green", "C": "a blue one.", "D": "none", "answer": "B"}  # fmt: skip
+OPTIONS = {"A": "red", "B": "green", "C": "a blue one.", "D": "none"}
+ROW = {"question": "Which one?", **OPTIONS, "answer": "B"}
 SHOT = {"question": "Pick.", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "D"}
 ZH = {"question": "这里是____。", "A": "甲", "B": "乙", "C": "丙", "D": "丁", "answer": "A"}
 QUESTIONS = {
@@ -71,7 +73,8 @@ def rendered(query, mode) -> str:
 def test_chat_prompts_are_conversations():
     query = Write("Q?", 8, begun="So", history=(("a", "b"),))
     assert rendered(query, CHAT) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\na<|im_end|>\n"
         "<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nQ?<|im_end|>\n"
         "<|im_start|>assistant\nSo"
     )
@@ -167,10 +170,8 @@ def test_averages_of_exams():
     assert len(multiple_choice.all_subjects(multiple_choice.MMLU)) == 57
     assert len(multiple_choice.all_subjects(multiple_choice.CEVAL)) == 52
     assert len(multiple_choice.all_subjects(multiple_choice.CMMLU)) == 67
-    records = [{"id": str(i), "group": g, "correct": c} for i, (g, c) in enumerate(
-        [("anatomy", 1), ("anatomy", 1), ("anatomy", 0), ("law", 0), ("philosophy", 1)])]  # fmt: skip
-    from qwen_jax.evals.results import summarise
-
+    marks = [("anatomy", 1), ("anatomy", 1), ("anatomy", 0), ("law", 0), ("philosophy", 1)]
+    records = [{"id": str(i), "group": g, "correct": c} for i, (g, c) in enumerate(marks)]
     mmlu = {s.name: s for s in summarise(records, TASKS["mmlu"].metrics)}
     assert mmlu["accuracy"].value == 60.0 and mmlu["accuracy"].count == 5
     assert mmlu["accuracy/STEM"].value == pytest.approx(66.6667)

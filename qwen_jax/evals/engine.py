@@ -1,8 +1,8 @@
 """Runs tasks of the table on a model: items to queries, batches, answers, verdicts, records.
 
-Every record is written to `OUT.partial.jsonl` as it completes, a line each; the same command goes on with
-a file it has begun. Batches are always composed in the same way, so a resumed run computes what an
-uninterrupted one would, and the result file has the same bytes.
+Every record is written to `OUT.partial.jsonl` as it completes, a line each; the same command goes
+on with a file it has begun. Batches are always composed in the same way, so a resumed run computes
+what an uninterrupted one would, and the result file has the same bytes.
 """
 
 import contextlib
@@ -107,9 +107,20 @@ def run(
     Raises:
       ValueError: a data file is missing or wrong, or programs may not run here.
     """
+    reasons = [order.task.unavailable() for order in orders]
     # All files are read first, so that a missing one is told before hours of work.
-    read = [(order, limited(_read(order, data), limit)) for order in orders]
-    return {order.task.name: run_task(runner, order, items, partial, log) for order, items in read}
+    read = [
+        [] if reason else limited(_read(order, data), limit)
+        for order, reason in zip(orders, reasons)
+    ]
+    results = {}
+    for order, reason, items in zip(orders, reasons, read):
+        if reason:
+            log(f"{order.task.name}: skipped: {reason}")
+            results[order.task.name] = _result(order, [], []) | {"skipped": reason}
+        else:
+            results[order.task.name] = run_task(runner, order, items, partial, log)
+    return results
 
 
 def _read(order: Order, data: Path) -> list[Item]:
@@ -169,12 +180,16 @@ def run_task(
                     partial.add(task.name, _record(runner, item, asked[row], texts, verdict))
                     bar.update()
     records = [partial.done[task.name, item.id] for item in items]
+    return _result(order, items, records)
+
+
+def _result(order: Order, items: Sequence[Item], records: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "mode": setting.mode,
-        "shots": setting.shots,
+        "mode": order.setting.mode,
+        "shots": order.setting.shots,
         "count": len(records),
-        "parts": [num_groups, task.num_groups],
-        "metrics": [score._asdict() for score in summarise(records, task.metrics)],
+        "parts": [len({item.group for item in items}), order.task.num_groups],
+        "metrics": [score._asdict() for score in summarise(records, order.task.metrics)],
         "examples": records,
     }
 

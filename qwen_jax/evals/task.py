@@ -112,7 +112,7 @@ class Task:
     setting, tokenizer) -> verdict, with a field for each metric and `extracted`. metrics: what is
     averaged; the first one is the headline. follow: (item, answers so far, setting) -> the next
     question, for tasks that take several; None ends. workers: items scored at one time. num_groups:
-    of the complete benchmark.
+    of the complete benchmark. unavailable: why it cannot run on this machine; None when it can.
     """
 
     name: str
@@ -128,6 +128,7 @@ class Task:
     follow: Callable[[Item, Sequence[Answer], Setting], Query | None] | None = None
     workers: int = 1
     num_groups: int = 1
+    unavailable: Callable[[], str | None] = lambda: None
 
     def setting(self, mode: str, shots: int | None, allow_unsafe: bool) -> Setting:
         """The setting with this task's own number of shots where none is asked for.
