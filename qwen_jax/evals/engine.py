@@ -292,7 +292,10 @@ def _write(runner: Runner, setting: Setting, asked: Sequence[_Asked], shared: in
     stop_ids = chatml.stop_ids(tokenizer) if chat else (tokenizer.end_of_text,)
     length = max(new_tokens(runner, one.query) for one in asked)
     written = runner.write(prompts, stop_ids, query.stops, length, shared)
-    return [Answer(one.text, (), len(one.tokens), one.finish) for one in written]
+    return [
+        Answer(one.text, (), len(one.tokens), one.finish, question.query.begun)
+        for one, question in zip(written, asked)
+    ]
 
 
 def _choose(runner: Runner, asked: Sequence[_Asked], shared: int) -> list[Answer]:

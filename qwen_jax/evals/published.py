@@ -58,7 +58,7 @@ _TOOLS = [("tool_use", metric, 0) for metric in ("selection", "input_rouge_l", "
 _CODE_RUN = [
     ("code_interpreter", f"executable/{kind}", 0) for kind in ("math", "visualization", "general")
 ] + [("code_interpreter", "executable", 0)]
-_CODE_RIGHT = [("code_interpreter", "correct/math", 0)]
+_CODE_RIGHT = [("code_interpreter_gsm8k", _ACC, 0)]
 _AGENT = [(f"hf_agent_{mode}", metric, 0) for mode in ("run", "chat")
           for metric in ("tool_selection", "tool_used", "code")]  # fmt: skip
 

@@ -75,12 +75,14 @@ class Answer(NamedTuple):
 
     text: of `Write`, or the most likely choice. log_probs: in nats, of each choice, or one sum for
     a whole text. num_tokens: new or scored ones. finish: why an answer ended, `stop` or `length`.
+    begun: what the assistant had said before, as in the query.
     """
 
     text: str
     log_probs: tuple[float, ...] = ()
     num_tokens: int = 0
     finish: str = ""
+    begun: str = ""
 
 
 class Metric(NamedTuple):
