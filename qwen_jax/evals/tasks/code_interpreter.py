@@ -14,7 +14,7 @@ whose code draws and saves or shows one: a necessary condition and no more, not 
 Code runs in the sandbox, 10 seconds a run (the released script lets general tasks run on). The
 libraries that the script loads beforehand are loaded where they are installed; nothing is installed
 in passing. Uploaded files (`input_file_path`) must lie beside the data file and be text. Items of
-the released file that begin in the middle of a conversation are left out, and the run says so.
+the released file that begin in the middle of a conversation are left out; the count shows it.
 """
 
 import json
@@ -102,8 +102,10 @@ def read(folder: Path, setting: Setting) -> list[Item]:
             raise ValueError(f"{path}: record {number + 1} has none of the tags {', '.join(KINDS)}")
         if "<|im_" in row["query"]:
             continue
-        names = row["input_file_path"] if "input_file_path" in row else []
-        files = {Path(name).name: reading.read_text(path.parent / name) for name in names}
+        files = {}
+        if "input_file_path" in row:
+            names = row["input_file_path"]
+            files = {Path(name).name: reading.read_text(path.parent / name) for name in names}
         items.append(Item(str(number), kinds[0], {**row, "files": files}))
     return items
 

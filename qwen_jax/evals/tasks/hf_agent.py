@@ -1,11 +1,12 @@
-"""Agents that solve a task with a few lines of Python over named tools, as Hugging Face scores them.
+"""Agents that solve a task with a few lines of Python over tools, as Hugging Face scores them.
 
 After `transformers.tools.evaluate_agent` of transformers 4.33: 14 tools that only say with what
 they were called, so that results compare exactly. Run mode is one answer per phrasing of a task,
 chat mode a conversation whose steps build on each other. Per answer: tool selection compares the
 tools in backticks in the explanation with those needed, tool used those in the code, both 1 minus a
-quarter for each one missing or too many; code is 1 when the result is a reference result, 0.75 when
-only a variable holds one, 0.3 otherwise, also when it failed. Averages are over phrasings and steps.
+quarter for each one missing or too many; code is 1 when the result is a reference result, 0.75
+when only a variable holds one, 0.3 otherwise, also when it failed. Averages are over phrasings and
+steps.
 
 The code runs in the sandbox as plain Python, where `transformers` has an interpreter of its own: it
 may use more of the language here. The prompt templates and the descriptions of the tools are texts
