@@ -16,6 +16,7 @@ not publish. It takes a source spec for data, and writes `--plot` (PNG) besides.
 Exit codes: 0 done, 2 a setting, data or a checkpoint that cannot be used.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -101,14 +102,15 @@ def run_tasks(values: flags.FlagValues) -> dict[str, Any]:
         return found
     partial = engine.Partial(out and out.with_name(out.name + ".partial.jsonl"), settings)
     start = time.perf_counter()
-    tasks = engine.run(
-        Runner(model, values.batch_size, mesh), orders, folder, partial,
-        limit=values.limit, log=_progress,
-    )  # fmt: skip
+    with contextlib.closing(partial):
+        tasks = engine.run(
+            Runner(model, values.batch_size, mesh), orders, folder, partial,
+            limit=values.limit, log=_progress,
+        )  # fmt: skip
     found = {"format": engine.FORMAT, "settings": settings, "tasks": tasks}
     if out is not None:
         write_atomically(out, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
-    partial.close(remove=True)
+    partial.remove()
     print(results.table(found))
     count = sum(task["count"] for task in tasks.values())
     _progress(f"{count} examples in {time.perf_counter() - start:.1f} s")

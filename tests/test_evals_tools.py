@@ -14,7 +14,8 @@ from qwen_jax.text import react
 TOKENIZER = byte_tokenizer()
 CHAT_SETTING = Setting(CHAT, 0)
 TOOLS = [
-    {"name_for_model": name, "name_for_human": name.title(), "description_for_model": f"Does {name}.",
+    {"name_for_model": name, "name_for_human": name.title(),
+     "description_for_model": f"Does {name}.",
      "parameters": [{"name": "x", "description": "an x", "required": True,
                      "schema": {"type": "string"}}]}
     for name in ("find", "draw")

@@ -82,12 +82,15 @@ class Partial:
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._file.flush()
 
-    def close(self, *, remove: bool = False) -> None:
-        """Closes the file; removes it when the results are written elsewhere."""
+    def close(self) -> None:
+        """Closes the file."""
         if self._file is not None:
             self._file.close()
-            if remove:
-                self.path.unlink()
+
+    def remove(self) -> None:
+        """Removes the closed file, once its records are written elsewhere."""
+        if self.path is not None:
+            self.path.unlink()
 
 
 def run(
