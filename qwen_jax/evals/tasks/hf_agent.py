@@ -92,9 +92,9 @@ found = []
 with contextlib.redirect_stdout(io.StringIO()):
     for steps in json.load(open("case.json")):
         space, state, value = dict(tools), {}, None
-        for step in steps:
-            space.update(step["inputs"])
-            value = run(step["code"], space)
+        for one in steps:
+            space.update(one["inputs"])
+            value = run(one["code"], space)
         names = [name for name in space if name not in tools and name != "__builtins__"]
         found.append([repr(value), [repr(space[name]) for name in names]])
 print(json.dumps(found))
@@ -216,6 +216,12 @@ def _share(found: set[str], needed: set[str]) -> float:
     return max(0.0, 1.0 - 0.25 * len(found ^ needed))
 
 
+def _reference(step: Mapping[str, Any], way: int) -> dict[str, Any]:
+    """One reference answer; an earlier step may have fewer than the last."""
+    answers = step["answers"]
+    return {"code": answers[min(way, len(answers) - 1)], "inputs": step["inputs"]}
+
+
 def score_step(
     steps: Sequence[Mapping[str, Any]], parts: Sequence[tuple[str, str]], setting: Setting
 ) -> dict[str, float]:
@@ -223,11 +229,7 @@ def score_step(
     explanation, code = parts[-1]
     mine = [{"code": part[1], "inputs": step["inputs"]} for step, part in zip(steps, parts)]
     num_answers = len(steps[-1]["answers"])
-    golds = [
-        [{"code": step["answers"][min(way, len(step["answers"]) - 1)], "inputs": step["inputs"]}
-         for step in steps]
-        for way in range(num_answers)
-    ]  # fmt: skip
+    golds = [[_reference(step, way) for step in steps] for way in range(num_answers)]
     # The model's code runs by itself: when it takes too long, the references still have values.
     [ran] = run_codes([mine], setting)
     values = [reference.value for reference in run_codes(golds, setting)]
