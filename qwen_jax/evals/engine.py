@@ -113,8 +113,7 @@ def run(
     reasons = [order.task.unavailable() for order in orders]
     # All files are read first, so that a missing one is told before hours of work.
     read = [
-        [] if reason else limited(_read(order, data), limit)
-        for order, reason in zip(orders, reasons)
+        [] if reason else read_items(order, data, limit) for order, reason in zip(orders, reasons)
     ]
     results = {}
     for order, reason, items in zip(orders, reasons, read):
@@ -126,13 +125,18 @@ def run(
     return results
 
 
-def _read(order: Order, data: Path) -> list[Item]:
+def read_items(order: Order, data: Path, limit: int) -> list[Item]:
+    """The items of a task, `limit` of them when it is not 0.
+
+    Raises:
+      ValueError: a file is missing or wrong.
+    """
     items = order.task.read(data / order.task.folder, order.setting)
     names = [item.id for item in items]
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{order.task.name}: two items are called {double!r}")
-    return items
+    return limited(items, limit)
 
 
 def limited(items: Sequence[Item], limit: int) -> list[Item]:
