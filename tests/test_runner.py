@@ -43,6 +43,13 @@ def greedy(model, row, count: int) -> list[int]:
     return new
 
 
+def test_a_single_row(model):
+    runner = Runner(model, batch_size=1)
+    found = [runner.next_log_probs(PROMPTS[:1], [5], shared)[0, 0] for shared in (0, 60)]
+    assert found == pytest.approx([log_probs(model, PROMPTS[0])[-1][5]] * 2, abs=2e-4)
+    assert runner.write(PROMPTS[:1], [], [], 4, 60)[0].tokens == greedy(model, PROMPTS[0], 4)
+
+
 @pytest.mark.parametrize("shared", [0, 60, len(SHARED)])
 def test_next_log_probs_equal_plain_ones(model, shared):
     runner = Runner(model, batch_size=4)
