@@ -97,7 +97,7 @@ def score(item: Item, answers: Sequence[Answer], setting: Setting, tokenizer: An
     inputs = [react.canonical_arguments(call.arguments) for call in (gold, found)]
     similar = rouge_l(*(token_texts(given, tokenizer) for given in inputs))
     return verdict(
-        [found.name, inputs[1]], [gold.name, inputs[0]], right,
+        [found.name if calls else None, inputs[1]], [gold.name, inputs[0]], right,
         selection=float(right), input_rouge_l=similar,
     )  # fmt: skip
 
