@@ -84,6 +84,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "profile_steps": 0,
                 "hang_timeout_secs": 0.0,
             },
+            "benchmarks": {"tasks": (), "data": "", "limit": 64, "batch_size": 8},
             "chat": None,
             "reward": None,
             "ppo": None,

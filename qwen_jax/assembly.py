@@ -16,8 +16,9 @@ from qwen_jax.config import Config
 from qwen_jax.data.batch import SEGMENTED_FIELDS, STREAM_FIELDS, DeviceBatches
 from qwen_jax.data.formats import PromptFormat
 from qwen_jax.data.pipelines import VirtualShardBatches
+from qwen_jax.evals.in_loop import with_benchmarks
 from qwen_jax.model import scalar
-from qwen_jax.model.adapters import BASE
+from qwen_jax.model.adapters import ADAPTERS, BASE, merge
 from qwen_jax.stages import ppo_stage, pretrain, sft
 from qwen_jax.stages import reward as reward_stage
 from qwen_jax.stages.experience import Ends
@@ -69,7 +70,18 @@ def assemble(
     Raises:
       ValueError: data, a tokenizer or an earlier checkpoint that is missing or does not fit.
     """
-    return STAGES[cfg.stage](cfg, mesh, tokenizer, log)
+    assembled = STAGES[cfg.stage](cfg, mesh, tokenizer, log)
+    if not cfg.benchmarks.tasks:
+        return assembled
+
+    def params_of(params):
+        return params if cfg.lora is None else merge(params[BASE], params[ADAPTERS], cfg.lora)
+
+    evaluate = with_benchmarks(
+        assembled.stage.evaluate, params_of, cfg.benchmarks, cfg.model, mesh, tokenizer,
+        seq_len=cfg.data.seq_len, chat=cfg.chat is not None, log=log,
+    )  # fmt: skip
+    return assembled._replace(stage=assembled.stage._replace(evaluate=evaluate))
 
 
 def skeleton(cfg: Config) -> Skeleton:

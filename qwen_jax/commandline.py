@@ -26,7 +26,9 @@ def checkpoint_flags() -> flags.FlagValues:
     return values
 
 
-def parse(values: flags.FlagValues, argv: Sequence[str], about: str) -> None:
+def parse(
+    values: flags.FlagValues, argv: Sequence[str], about: str, *, needs_checkpoint: bool = True
+) -> None:
     """Reads the command line into the flags; `--help` prints `about` and the flags, and exits.
 
     Raises:
@@ -41,7 +43,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str], about: str) -> None:
     if values.help:
         print(f"{about}\n{values.main_module_help()}")
         sys.exit(0)
-    if "checkpoint" in values and not values.checkpoint:
+    if needs_checkpoint and "checkpoint" in values and not values.checkpoint:
         raise ValueError("--checkpoint=DIR is needed")
     if rest:
         raise ValueError(f"only flags are understood, --name=value; got {rest}")

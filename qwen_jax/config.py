@@ -11,7 +11,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from qwen_jax.config_alignment import ChatConfig, LoraConfig, PpoConfig, RewardConfig
+from qwen_jax.config_alignment import (
+    BenchmarkConfig,
+    ChatConfig,
+    LoraConfig,
+    PpoConfig,
+    RewardConfig,
+)
 from qwen_jax.config_values import build, require, require_choice
 
 REMAT_POLICIES = ("none", "full", "save_matmuls", "save_attention")
@@ -364,7 +370,7 @@ class Config:
     name labels it; stage picks what is trained (`assembly.STAGES`). init_from: a workdir or
     checkpoint of an earlier stage whose parameters this one starts from; empty for random weights.
     chat, reward, ppo: groups of the stages that need them (`STAGE_GROUPS`), None in all others.
-    lora: adapters instead of all weights, None for all weights.
+    lora: adapters instead of all weights, None for all weights. benchmarks: at each evaluation.
     """
 
     name: str
@@ -377,6 +383,7 @@ class Config:
     mesh: MeshConfig
     checkpoint: CheckpointConfig
     train: TrainConfig
+    benchmarks: BenchmarkConfig
     chat: ChatConfig | None
     reward: RewardConfig | None
     ppo: PpoConfig | None
@@ -389,6 +396,11 @@ class Config:
             given = getattr(self, group) is not None
             fix = f"stage {self.stage!r} {'needs' if needed else 'has no'} settings {group}.*"
             require(needed == given, group, getattr(self, group), fix)
+        if self.benchmarks.tasks:
+            fix = "only for the stages pretrain and sft"
+            require(
+                self.stage in ("pretrain", "sft"), "benchmarks.tasks", self.benchmarks.tasks, fix
+            )
         if self.lora is not None:
             require(
                 self.stage in ("sft", "ppo"), "lora", self.lora, f"not for stage {self.stage!r}"

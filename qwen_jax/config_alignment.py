@@ -50,6 +50,28 @@ class RewardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+    """Benchmarks run at each evaluation of the training, see `docs/evaluation.md`.
+
+    tasks: names of `python -m qwen_jax.evaluate --tasks=list`; none for no benchmarks. data: the
+    folder that holds them. limit: items of each task, spread over its parts, 0 for all. batch_size:
+    items at once.
+    """
+
+    tasks: tuple[str, ...]
+    data: str
+    limit: int
+    batch_size: int
+
+    def __post_init__(self):
+        require(self.limit >= 0, "benchmarks.limit", self.limit, "must not be negative")
+        require(self.batch_size > 0, "benchmarks.batch_size", self.batch_size, "must be positive")
+        if self.tasks:
+            fix = "name the folder that holds the benchmarks"
+            require(self.data != "", "benchmarks.data", self.data, fix)
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters beside frozen weights (Hu et al. 2021). Not in the report.
 

@@ -86,6 +86,23 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def rows_mesh(num_devices: int, batch_size: int) -> Mesh | None:
+    """A mesh that spreads parameters and the rows of a batch; None for one device.
+
+    Raises:
+      ValueError: there are not so many devices, or the rows do not divide among them.
+    """
+    if num_devices == 1:
+        return None
+    if num_devices < 1 or batch_size % num_devices or num_devices > jax.device_count():
+        raise ValueError(
+            f"--num_devices={num_devices}: must divide --batch_size={batch_size} and not exceed "
+            f"the {jax.device_count()} devices present"
+        )
+    sizes = MeshConfig(dcn=1, data=1, fsdp=num_devices, tensor=1)
+    return make_mesh(sizes, jax.devices()[:num_devices])
+
+
 def check_divisible(mesh: Mesh, sizes: Mapping[str, tuple[str, int]]) -> None:
     """Refuses dimensions that the mesh cannot split evenly.
 

@@ -295,8 +295,14 @@ def test_every_file_says_what_it_is(name):
 
 def blocks(name: str, size: int) -> dict[str, int]:
     """Runs of `size` lines of code that hold something besides imports, with their first line."""
+    imported = {
+        number
+        for node in ast.walk(tree(name))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for number in range(node.lineno, node.end_lineno + 1)
+    }
     lines = [(number, line.strip()) for number, line in enumerate(source(name).splitlines(), 1)]
-    lines = [(n, t) for n, t in lines if len(t) > 3 and not t.startswith(("import", "from", "#"))]
+    lines = [(n, t) for n, t in lines if len(t) > 3 and n not in imported and t[0] != "#"]
     return {
         "\n".join(text for _, text in lines[i : i + size]): lines[i][0]
         for i in range(len(lines) - size + 1)

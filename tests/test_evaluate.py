@@ -116,8 +116,8 @@ def test_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, word",
     [
-        ((), "--tasks=: choose of perplexity_by_length"),
-        (("--tasks=mmlu",), "mmlu"),
+        ((), "--tasks=: choose of mmlu"),
+        (("--tasks=nonsense",), "nonsense"),
         (("--tasks=perplexity_by_length",), "--data is missing"),
         (("--tasks=perplexity_by_length", "--data=nonsense"), "nonsense"),
         (("--tasks=perplexity_by_length", "--data=stdlib:heldout", "--windows=8"), "windows"),

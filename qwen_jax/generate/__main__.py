@@ -26,10 +26,9 @@ from tqdm import tqdm
 
 from qwen_jax import api
 from qwen_jax.commandline import model_flags, parse
-from qwen_jax.config import MeshConfig
 from qwen_jax.generate.decode import DecodeConfig, decode, pad_prompts
 from qwen_jax.generate.sampling import SamplingConfig
-from qwen_jax.sharding import make_mesh, sharding_of, use_mesh
+from qwen_jax.sharding import rows_mesh, sharding_of, use_mesh
 from qwen_jax.train import EXIT_CONFIG
 
 WIDTH_MULTIPLE = 64  # prompts are padded to a multiple of it: one compilation each
@@ -53,7 +52,7 @@ def run(values: flags.FlagValues) -> None:
       ValueError: a wrong setting, prompt or file. OSError: a file cannot be read or written.
     """
     prompts = read_prompts(Path(values.prompts))
-    mesh = _mesh(values.num_devices, values.batch_size)
+    mesh = rows_mesh(values.num_devices, values.batch_size)
     model = _load(values, mesh)
     made_for = _decode_config(values, model)
     rows = [_encode(model, prompt, i, values.specials) for i, prompt in enumerate(prompts)]
@@ -180,19 +179,6 @@ def _encode(model: api.Model, prompt: str | list[int], index: int, specials: boo
     if isinstance(prompt, str) and specials:
         prompt = model.tokenizer.encode_with_specials(prompt) or ""
     return api.prompt_ids(model, prompt, index)
-
-
-def _mesh(num_devices: int, batch_size: int) -> jax.sharding.Mesh | None:
-    """A mesh that spreads parameters and rows; None for one device."""
-    if num_devices == 1:
-        return None
-    if batch_size % num_devices or num_devices > jax.device_count():
-        raise ValueError(
-            f"--num_devices={num_devices}: must divide --batch_size={batch_size} and not exceed "
-            f"the {jax.device_count()} devices present"
-        )
-    sizes = MeshConfig(dcn=1, data=1, fsdp=num_devices, tensor=1)
-    return make_mesh(sizes, jax.devices()[:num_devices])
 
 
 def _load(values: flags.FlagValues, mesh) -> api.Model:

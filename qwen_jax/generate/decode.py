@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.generate.prefix import prefix_length, prefix_size, spread
 from qwen_jax.generate.sampling import SamplingConfig, sample
 from qwen_jax.model.cache import KVCache, create_cache, grow
 from qwen_jax.model.context import NEUTRAL, ContextConfig, ntk_alpha
@@ -176,22 +177,32 @@ def _decode(params, prompt_BP, prompt_len_B, key, row_ids_B, *, made_for: Decode
     return state.out
 
 
-@functools.partial(jax.jit, static_argnames="made_for")
-def begin(params, prompt_BP, prompt_len_B, key, row_ids_B, *, made_for: DecodeConfig) -> State:
-    """Reads the prompts and draws the first token of each row. params: unrolled layers."""
-    size = prompt_BP.shape[1] + made_for.max_new_tokens
+@functools.partial(jax.jit, static_argnames=("made_for", "size"))
+def begin(
+    params, prompt_BP, prompt_len_B, key, row_ids_B, *, made_for: DecodeConfig,
+    prefix: KVCache | None = None, size: int = 0,
+) -> State:  # fmt: skip
+    """Reads the prompts and draws the first token of each row. params: unrolled layers.
+
+    prefix: tokens before those of every prompt, from `prefix.read_prefix`. size: slots of the
+    cache, which can grow later; 0: room for all new tokens.
+    """
+    size = size or prefix_size(prefix) + prompt_BP.shape[1] + made_for.max_new_tokens
     head_DV = head_matrix(params, made_for.model).T
-    return _begin(params, head_DV, prompt_BP, prompt_len_B, key, row_ids_B, made_for, size)
+    return _begin(params, head_DV, prompt_BP, prompt_len_B, key, row_ids_B, made_for, size, prefix)
 
 
-@functools.partial(jax.jit, static_argnames="made_for", donate_argnames="state")
-def extend(params, state: State, until, *, made_for: DecodeConfig) -> State:
+@functools.partial(jax.jit, static_argnames=("made_for", "many"), donate_argnames="state")
+def extend(params, state: State, until, *, made_for: DecodeConfig, many: bool = False) -> State:
     """Goes on until step `until`, the last step or until all rows have stopped.
 
-    The state handed in is used up: its cache is changed in place.
+    The state handed in is used up: its cache is changed in place. many: whether the steps are so
+    many that a copy of the head pays.
     """
     until = jnp.minimum(until, made_for.max_new_tokens)
-    return _extend(params, head_matrix(params, made_for.model).T, state, until, made_for)
+    model = made_for.model
+    head_DV = _head_for_loop(params, model) if many else head_matrix(params, model).T
+    return _extend(params, head_DV, state, until, made_for)
 
 
 def _head_for_loop(params, cfg: ModelConfig) -> jax.Array:
@@ -203,20 +214,29 @@ def _head_for_loop(params, cfg: ModelConfig) -> jax.Array:
     return jax.lax.optimization_barrier(head_DV) if jax.default_backend() == "cpu" else head_DV
 
 
-def _begin(params, head_DV, prompt_BP, prompt_len_B, key, row_ids_B, made_for, size) -> State:
+def _begin(
+    params, head_DV, prompt_BP, prompt_len_B, key, row_ids_B, made_for, size, prefix=None
+) -> State:
     batch, width = prompt_BP.shape
     cfg, context = decoding_config(made_for.model), made_for.context
-    alpha_B = ntk_alpha(prompt_len_B, context.trained_len) if context.dynamic_ntk else None
+    before = prefix_length(prefix)
+    if prefix is not None and made_for.sampling.repetition_penalty != 1:
+        raise ValueError("a repetition penalty needs the whole prompt: give no prefix")
+    cache = create_cache(cfg, batch, size, context.windows)
+    if prefix is not None:
+        cache = spread(prefix, batch, size)
     start_B1 = (width - prompt_len_B)[:, None]
+    prompt_len_B = jnp.asarray(prompt_len_B) + before
+    alpha_B = ntk_alpha(prompt_len_B, context.trained_len) if context.dynamic_ntk else None
     slots_BP = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], (batch, width))
     tokens_BP = jnp.take_along_axis(prompt_BP, (slots_BP - start_B1) % width, axis=1)
     segments_BP = (slots_BP >= start_B1).astype(jnp.int32)
     hidden, cache = Transformer(cfg, context).apply(
         {"params": params},
         tokens_BP,
-        jnp.maximum(slots_BP - start_B1, 0),
+        before + jnp.maximum(slots_BP - start_B1, 0),
         segments_BP,
-        create_cache(cfg, batch, size, context.windows),
+        cache,
         alpha_B,
     )
     used_BV = None
@@ -228,7 +248,7 @@ def _begin(params, head_DV, prompt_BP, prompt_len_B, key, row_ids_B, made_for, s
     state = State(
         step=jnp.zeros((), jnp.int32),
         last_BT=jnp.full((batch, max([1, *map(len, made_for.stops)])), -1, jnp.int32),
-        prompt_len_B=jnp.asarray(prompt_len_B),
+        prompt_len_B=prompt_len_B,
         row_keys_B=jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids_B),
         used_BV=used_BV,
         alpha_B=alpha_B,
