@@ -37,7 +37,7 @@ def get_config(stage: str = "pretrain"):
 
 def _pretrain(config):
     config.data.batch_size = 16
-    config.train.update(steps=700, eval_every=100)
+    config.train.update(steps=600, eval_every=100)
     config.optimizer.update(peak_lr=3e-3, warmup_steps=50)
 
 
@@ -62,11 +62,11 @@ def _reward(config, steps: int, peak_lr: float):
 
 
 def _pmp(config):
-    _reward(config, steps=180, peak_lr=7e-4)
+    _reward(config, steps=240, peak_lr=1.5e-3)
 
 
 def _rm(config):
-    _reward(config, steps=90, peak_lr=4e-4)
+    _reward(config, steps=150, peak_lr=1e-3)
 
 
 def _ppo(config):
@@ -85,7 +85,7 @@ def _ppo(config):
         value_lr=1e-3,
         calibration_queries=256,
         ratio_tolerance=1e-4,
-        eval_queries=20,
+        eval_queries=16,
         pretrain_coef=1.0,
         pretrain_rows=16,
     )

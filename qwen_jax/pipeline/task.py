@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qwen_jax.text.chatml import ASSISTANT, USER
 
-SERIES = (string.ascii_lowercase, string.ascii_uppercase, string.digits)
+SERIES = (string.ascii_lowercase, string.digits)
 STEPS = {"after": 1, "before": -1}
 HELDOUT_ONE_IN = 5
 _QUESTION = re.compile(rf"What comes ({'|'.join(STEPS)}) (\w)\?")
