@@ -27,7 +27,7 @@ from qwen_jax.stages.networks import POLICY, REFERENCE, REWARD, VALUE, networks,
 from qwen_jax.text import chatml
 from qwen_jax.text.tokenizer import Tokenizer
 
-DRAWS = 4
+DRAWS = 16
 
 
 class Judge(NamedTuple):

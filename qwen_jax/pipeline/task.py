@@ -1,9 +1,9 @@
 """The task of the pipeline: what comes before or after a sign, asked in ChatML.
 
 Its truth can be computed, so the learned reward can be held against it. The data are made to have
-the faults of real ones: demonstrations are right less than half of the time and often talk too
-much, the large set of comparisons is noisy, the small one is clean. Every record is drawn from a
-generator with a seed of its own. Neither JAX nor Grain is imported.
+the faults of real ones: demonstrations are right half of the time and often talk too much, the
+large set of comparisons is noisy, the small one is clean. Every record is drawn from a generator
+with a seed of its own. Neither JAX nor Grain is imported.
 """
 
 import dataclasses
@@ -47,8 +47,8 @@ class Problem:
 
     @property
     def fact(self) -> str:
-        """Question and answer in one sentence, as texts state it."""
-        return f"{self.steps} {self.sign} comes {self.answer}"
+        """Question and answer as texts have them, in lines of their own."""
+        return f"{self.question}\n{self.answer}\n"
 
     @property
     def heldout(self) -> bool:
@@ -96,11 +96,11 @@ def verbose(problem: Problem, answer: str) -> str:
 
 
 def demonstrations(rng: random.Random) -> Iterator[dict]:
-    """Conversations as careless people write them: 4 of 10 right, 3 of 10 too long."""
+    """Conversations as careless people write them: half of them right, 3 of 10 too long."""
     pool = problems(heldout=False)
     while True:
         problem = rng.choice(pool)
-        answer = problem.answer if rng.random() < 0.4 else wrong(problem, rng)
+        answer = problem.answer if rng.random() < 0.5 else wrong(problem, rng)
         if rng.random() < 0.3:
             answer = verbose(problem, answer)
         turns = ((USER, problem.question), (ASSISTANT, answer))
@@ -139,10 +139,13 @@ def queries(rng: random.Random, heldout: bool) -> Iterator[dict]:
 
 
 def facts(rng: random.Random) -> Iterator[dict]:
-    """Documents of pretraining: what is true, in lines. All problems occur."""
+    """Documents of pretraining: questions and right answers, all problems among them.
+
+    The report (section 2.1) mixes instructions into pretraining as well.
+    """
     pool = problems()
     while True:
-        yield {"text": "".join(rng.choice(pool).fact + "\n" for _ in range(12))}
+        yield {"text": "".join(rng.choice(pool).fact for _ in range(12))}
 
 
 def write_data(folder: Path, seed: int) -> None:
