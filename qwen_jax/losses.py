@@ -102,26 +102,60 @@ def token_log_probs(
     The distribution is the untruncated one at `temperature` over the ids below `num_real`. The head
     is applied in float32: in bfloat16 its rounding alone moves ratios of probabilities by percents.
     `chunk` positions of every row have logits at a time; the backward pass computes them again.
-    `chunk` must divide L.
+    `chunk` must divide L. The entropy carries no gradient.
     """
-    head = constrain(head_VD.astype(jnp.float32), "vocab", "act_embed")
-    real_V = jnp.arange(head_VD.shape[0]) < num_real
+    head_VD = constrain(head_VD.astype(jnp.float32), "vocab", "act_embed")
 
-    @jax.checkpoint
     def one_chunk(_, part):
         hidden_BcD, targets_Bc = part
-        logits_BcV = jnp.einsum("bld,vd->blv", hidden_BcD.astype(jnp.float32), head)
-        logits_BcV = constrain(logits_BcV / temperature, "batch", "length", "act_vocab")
-        logits_BcV = jnp.where(real_V[None, None, :], logits_BcV, -1e30)
-        log_probs_BcV = jax.nn.log_softmax(logits_BcV, axis=-1)
-        picked_Bc = jnp.take_along_axis(log_probs_BcV, targets_Bc[..., None], axis=-1)[..., 0]
-        entropy_Bc = -jnp.sum(jnp.exp(log_probs_BcV) * log_probs_BcV, axis=-1)
-        return None, (picked_Bc, entropy_Bc)
+        x_TD = hidden_BcD.astype(jnp.float32).reshape(-1, hidden_BcD.shape[-1])
+        scored = _target_log_probs(x_TD, head_VD, targets_Bc.reshape(-1), temperature, num_real)
+        return None, tuple(x_T.reshape(targets_Bc.shape) for x_T in scored)
 
     parts = tuple(_chunked(x, chunk) for x in (hidden_BLD, targets_BL))
     _, (picked, entropy) = jax.lax.scan(one_chunk, None, parts)
     shape = targets_BL.shape
     return tuple(jnp.moveaxis(x, 0, 1).reshape(shape) for x in (picked, entropy))
+
+
+def _real_logits(x_TD, head_VD, temperature: float, num_real: int) -> jax.Array:
+    logits_TV = jnp.einsum("td,vd->tv", x_TD, head_VD)
+    logits_TV = constrain(logits_TV / temperature, "batch", "act_vocab")
+    return jnp.where(jnp.arange(head_VD.shape[0])[None, :] < num_real, logits_TV, -1e30)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _target_log_probs(x_TD, head_VD, targets_T, temperature: float, num_real: int):
+    """`token_log_probs` of one chunk: [T] and [T]."""
+    logits_TV = _real_logits(x_TD, head_VD, temperature, num_real)
+    logits_TV -= jnp.max(logits_TV, axis=-1, keepdims=True)
+    exp_TV = jnp.exp(logits_TV)
+    total_T = jnp.sum(exp_TV, axis=-1)
+    picked_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
+    mean_T = jnp.sum(exp_TV * logits_TV, axis=-1) / total_T
+    return picked_T - jnp.log(total_T), jnp.log(total_T) - mean_T
+
+
+def _target_log_probs_forward(x_TD, head_VD, targets_T, temperature, num_real):
+    scored = _target_log_probs(x_TD, head_VD, targets_T, temperature, num_real)
+    return scored, (x_TD, head_VD, targets_T)
+
+
+def _target_log_probs_backward(temperature, num_real, saved, gradients):
+    x_TD, head_VD, targets_T = saved
+    g_T, _ = gradients
+    probs_TV = jax.nn.softmax(_real_logits(x_TD, head_VD, temperature, num_real), axis=-1)
+    hot_TV = jax.nn.one_hot(targets_T, head_VD.shape[0], dtype=jnp.float32)
+    grad_TV = (hot_TV - probs_TV) * (g_T / temperature)[:, None]
+    return (
+        jnp.einsum("tv,vd->td", grad_TV, head_VD),
+        constrain(jnp.einsum("tv,td->vd", grad_TV, x_TD), "vocab", "embed"),
+        jnp.zeros(targets_T.shape, jax.dtypes.float0),
+    )
+
+
+# As autodiff through `jax.checkpoint`, without the transposed copies it makes of the logits.
+_target_log_probs.defvjp(_target_log_probs_forward, _target_log_probs_backward)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:

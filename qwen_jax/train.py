@@ -22,7 +22,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from qwen_jax import assembly, distributed, inputs, metrics, sharding
+from qwen_jax import allocator, assembly, distributed, inputs, metrics, sharding
 from qwen_jax.config import Config
 from qwen_jax.data.pipelines import VirtualShardBatches, format_mixture
 from qwen_jax.model.attention import choose_backend
@@ -45,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
         if values.dry_run:
             return _dry_run(cfg, values.dry_run_devices)
         found = distributed.join(values.coordinator, values.num_processes, values.process_id)
+        if jax.default_backend() == "cpu":
+            allocator.keep_freed_memory()
         job = prepare(cfg, values.workdir, found)
     except ValueError as error:
         _log(f"error: {error}")

@@ -16,11 +16,12 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 CONFIG = {"config", "config_alignment", "config_values"}
 ABOVE_THE_MODEL = CONFIG | {"sharding", "losses", "metrics", "distributed", "text", "model"}
 EVERYTHING = {*ABOVE_THE_MODEL, "data", "generate", "hf", "trainer", "stages", "evals"}
-EVERYTHING |= {"inputs", "loading", "assembly"}
+EVERYTHING |= {"inputs", "loading", "assembly", "allocator"}
 ALLOWED = {
     "config_values": set(),
     "config_alignment": {"config_values"},
     "config": {"config_alignment", "config_values"},
+    "allocator": set(),
     "sharding": CONFIG,
     "losses": CONFIG | {"sharding"},
     "metrics": CONFIG,
