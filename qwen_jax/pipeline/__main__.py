@@ -127,6 +127,7 @@ def _measure(workdir: Path, data: Path) -> dict:
         workdir / "sft",
         reward.params,
         f"chat:{data}/queries_heldout.jsonl",
+        f"chat:{data}/queries.jsonl",
         HELDOUT,
         HELDOUT_DOCUMENTS,
         PpoConfig(**settings),

@@ -33,7 +33,8 @@ DRAWS = 16
 class Judge(NamedTuple):
     """What all models are measured with.
 
-    reference, reward: parameters. ppo: lengths of questions and answers.
+    reference, reward: parameters. ppo: lengths of questions and answers. queries: held-out ones;
+    seen: those of the training.
     """
 
     cfg: ModelConfig
@@ -42,28 +43,48 @@ class Judge(NamedTuple):
     reference: Any
     reward: Any
     queries: dict[str, np.ndarray]
+    seen: dict[str, np.ndarray]
     text: Any
 
 
 def make_judge(
-    reference: Path, reward_params: Any, queries: str, heldout: str, documents: int, ppo: PpoConfig
+    reference: Path,
+    reward_params: Any,
+    queries: str,
+    seen: str,
+    heldout: str,
+    documents: int,
+    ppo: PpoConfig,
 ) -> Judge:
-    """reference: workdir of the fine-tuned model. queries, heldout: source specs."""
+    """reference: workdir of the fine-tuned model. queries, seen, heldout: source specs."""
     model = loading.load(reference)
     prompts = PromptFormat(model.tokenizer, ppo.prompt_len, "")
     rows = heldout_rows(open_sources(queries)[0], prompts)
+    # The file begins with each problem once.
+    once = len(task.problems(heldout=False))
+    seen_rows = heldout_rows(open_sources(seen)[0], prompts, once)
     length = model.context.seq_len
     text = heldout_rows(
         open_sources(heldout)[0], TextFormat(model.tokenizer, length, "concat"), documents
     )
-    return Judge(model.cfg, ppo, model.tokenizer, model.params, reward_params, rows.rows, text)
+    return Judge(
+        model.cfg,
+        ppo,
+        model.tokenizer,
+        model.params,
+        reward_params,
+        rows.rows,
+        seen_rows.rows,
+        text,
+    )
 
 
 def measure(judge: Judge, workdir: Path) -> dict[str, Any]:
     """The figures of one model, and its greedy answers as (question, answer, true reward).
 
     accuracy is greedy; true_reward, learned_reward, kl (nats for each answer, against the
-    reference), response_len (tokens) and end_rate are of drawn answers.
+    reference), response_len (tokens) and end_rate are of drawn answers. All are of held-out
+    questions but those whose names end in `_seen`.
     """
     cfg, tokenizer = judge.cfg, judge.tokenizer
     params = loading.load(workdir).params
@@ -76,13 +97,18 @@ def measure(judge: Judge, workdir: Path) -> dict[str, Any]:
         REWARD: judge.reward,
         VALUE: value_from_reward(judge.reward),
     }
-    greedy, _ = _answers(judge, tree, 1, GREEDY)
-    drawn, figures = _answers(judge, tree, DRAWS, SamplingConfig(judge.ppo.temperature, 0, 1.0))
+    drawing = SamplingConfig(judge.ppo.temperature, 0, 1.0)
+    greedy, _ = _answers(judge, judge.queries, tree, 1, GREEDY)
+    drawn, figures = _answers(judge, judge.queries, tree, DRAWS, drawing)
+    greedy_seen, _ = _answers(judge, judge.seen, tree, 1, GREEDY)
+    drawn_seen, _ = _answers(judge, judge.seen, tree, DRAWS, drawing)
     return {
         "bits_per_byte": text["bits_per_byte"],
         "heldout_loss": text["heldout_loss"],
-        "accuracy": float(np.mean([reward for _, _, reward in greedy])),
-        "true_reward": float(np.mean([reward for _, _, reward in drawn])),
+        "accuracy": _mean_reward(greedy),
+        "true_reward": _mean_reward(drawn),
+        "accuracy_seen": _mean_reward(greedy_seen),
+        "true_reward_seen": _mean_reward(drawn_seen),
         "learned_reward": figures["score"],
         "kl": figures["kl"],
         "response_len": figures["response_len"],
@@ -93,7 +119,11 @@ def measure(judge: Judge, workdir: Path) -> dict[str, Any]:
     }
 
 
-def _answers(judge: Judge, tree: Any, draws: int, sampling: SamplingConfig):
+def _mean_reward(answers: list[tuple[str, str, float]]) -> float:
+    return float(np.mean([reward for _, _, reward in answers]))
+
+
+def _answers(judge: Judge, queries: dict, tree: Any, draws: int, sampling: SamplingConfig):
     """Answers with their true rewards, and the figures of a rollout."""
     cfg, tokenizer = judge.cfg, judge.tokenizer
     stops = chatml.stop_ids(tokenizer)
@@ -101,10 +131,10 @@ def _answers(judge: Judge, tree: Any, draws: int, sampling: SamplingConfig):
     ppo = dataclasses.replace(judge.ppo, responses_per_query=draws)
     nets = networks(cfg, None)
     rows = draw_answers(
-        make_writer(cfg, nets)(tree), judge.queries, jax.random.key(0), cfg=cfg, ppo=ppo,
+        make_writer(cfg, nets)(tree), queries, jax.random.key(0), cfg=cfg, ppo=ppo,
         ends=ends, num_real=tokenizer.vocab_size, sampling=sampling,
     )  # fmt: skip
-    parts = len(rows["ended"]) // len(judge.queries["prompt_len"])
+    parts = len(rows["ended"]) // len(queries["prompt_len"])
     measured, _ = jax.jit(measure_fn(cfg, ppo, nets, ends, tokenizer.vocab_size, parts))(tree, rows)
     _, figures = finish(measured, jnp.float32(0), jnp.float32(1), ppo=ppo)
     host = jax.device_get(rows)

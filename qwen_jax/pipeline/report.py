@@ -18,16 +18,19 @@ COLUMNS = {
     "heldout_loss": ("held-out loss", 3),
     "accuracy": ("accuracy, greedy", 3),
     "true_reward": ("true reward", 3),
+    "accuracy_seen": ("accuracy, seen", 3),
+    "true_reward_seen": ("true reward, seen", 3),
     "learned_reward": ("learned reward", 2),
     "rm_accuracy": ("RM accuracy", 3),
     "kl": ("KL, nats", 2),
     "response_len": ("tokens", 1),
     "end_rate": ("ended", 3),
 }
-NOTES = """Held-out text is Python's library; accuracy and rewards are of questions that no stage
-after pretraining has seen. Accuracy is greedy, the rewards and what follows are of answers drawn at
-temperature 1. The true reward is 1 for the exact answer and nothing else, ended by itself. The
-learned reward is the reward model's raw score; KL is against the fine-tuned model."""
+NOTES = """Held-out text is Python's library. Accuracy is greedy; the rewards and what follows are
+of answers drawn at temperature 1. Columns with `seen` are of the questions that fine-tuning and PPO
+had, all others of questions that they had not. The true reward is 1 for the exact answer and
+nothing else, ended by itself. The learned reward is the reward model's raw score; KL is against the
+fine-tuned model."""
 SHOWN_SAMPLES = 12
 
 
@@ -78,16 +81,19 @@ def summarise(folders: Sequence[Path]) -> str:
     gains, sft = [], []
     for run in runs:
         models = run["models"]
-        rewards = [models[m]["true_reward"] for m in ("pretrain", "sft", "ppo", "ppo_without_text")]
+        names = ("pretrain", "sft", "ppo", "ppo_without_text")
+        rewards = [models[name]["true_reward"] for name in names]
+        seen = [models[name]["true_reward_seen"] for name in names]
         losses = [models[m]["heldout_loss"] for m in ("sft", "ppo", "ppo_without_text")]
-        cells = [*(f"{x:.3f}" for x in rewards), f"{models['ppo']['kl']:.2f}"]
+        cells = [f"{a:.3f} / {b:.3f}" for a, b in zip(rewards, seen)]
+        cells.append(f"{models['ppo']['kl']:.2f}")
         cells += [f"{x:.3f}" for x in losses]
         lines.append(f"| {run['seed']} | " + " | ".join(cells) + " |")
         gains.append(rewards[2] - rewards[1])
         sft.append(rewards[1])
     if len(runs) > 1:
         lines.append(
-            f"\nPPO gains {min(gains):.3f} to {max(gains):.3f} of true reward over SFT; between "
+            f"\nTrue reward on held-out / seen questions. Held out, PPO gains {min(gains):.3f} to {max(gains):.3f} over SFT; between "
             f"seeds SFT varies with deviation {statistics.stdev(sft):.3f}, the gain with "
             f"{statistics.stdev(gains):.3f}."
         )
