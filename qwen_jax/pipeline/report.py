@@ -93,8 +93,8 @@ def summarise(folders: Sequence[Path]) -> str:
         sft.append(rewards[1])
     if len(runs) > 1:
         lines.append(
-            f"\nTrue reward on held-out / seen questions. Held out, PPO gains {min(gains):.3f} to {max(gains):.3f} over SFT; between "
-            f"seeds SFT varies with deviation {statistics.stdev(sft):.3f}, the gain with "
+            f"\nTrue reward on held-out / seen questions. Held out, PPO gains {min(gains):.3f} to "
+            f"{max(gains):.3f} over SFT; between seeds SFT varies with deviation {statistics.stdev(sft):.3f}, the gain with "
             f"{statistics.stdev(gains):.3f}."
         )
     return "\n".join(lines)
