@@ -92,10 +92,11 @@ def summarise(folders: Sequence[Path]) -> str:
         gains.append(rewards[2] - rewards[1])
         sft.append(rewards[1])
     if len(runs) > 1:
+        spread, of_gain = statistics.stdev(sft), statistics.stdev(gains)
         lines.append(
-            f"\nTrue reward on held-out / seen questions. Held out, PPO gains {min(gains):.3f} to "
-            f"{max(gains):.3f} over SFT; between seeds SFT varies with deviation {statistics.stdev(sft):.3f}, the gain with "
-            f"{statistics.stdev(gains):.3f}."
+            "\nTrue reward on held-out / seen questions. On held-out ones PPO gains "
+            f"{min(gains):.3f} to {max(gains):.3f} over SFT; between the seeds SFT has deviation "
+            f"{spread:.3f}, the gain {of_gain:.3f}."
         )
     return "\n".join(lines)
 
