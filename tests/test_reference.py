@@ -11,7 +11,7 @@ from qwen_jax.losses import cross_entropy_sum
 from qwen_jax.model.attention import attend, training_visibility
 from qwen_jax.model.layers import rms_norm
 from qwen_jax.model.rope import apply_rope, rope_tables
-from qwen_jax.model.transformer import Attention, Block, Rotation, Transformer
+from qwen_jax.model.transformer import Attention, Block, PerLayer, Rotation, Transformer
 
 LENGTH = 11
 
@@ -74,7 +74,12 @@ def test_attention_layer(cfg, params, weights):
     layer = jax.tree.map(lambda leaf: leaf[1], params["blocks"]["attention"])
     rope = Rotation(rope_tables(positions, cfg.head_dim, cfg.rope_base), None)
     ours, _ = Attention(cfg).apply(
-        {"params": layer}, f32(x)[None], rope, training_visibility(positions, None), None
+        {"params": layer},
+        f32(x)[None],
+        rope,
+        training_visibility(positions, None),
+        None,
+        PerLayer(),
     )
     theirs = qwen_numpy.attention(x, weights, "transformer.h.1.attn", 4, cfg.rope_base)
     close(ours[0], theirs)
@@ -86,7 +91,12 @@ def test_block(cfg, params, weights):
     layer = jax.tree.map(lambda leaf: leaf[1], params["blocks"])
     rope = Rotation(rope_tables(positions, cfg.head_dim, cfg.rope_base), None)
     ours, _ = Block(cfg).apply(
-        {"params": layer}, f32(x)[None], rope, training_visibility(positions, None), None
+        {"params": layer},
+        f32(x)[None],
+        rope,
+        training_visibility(positions, None),
+        None,
+        PerLayer(),
     )
     theirs = qwen_numpy.block(x, weights, "transformer.h.1", 4, cfg.rope_base, cfg.norm_eps)
     close(ours[0], theirs)
