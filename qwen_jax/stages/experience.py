@@ -114,10 +114,15 @@ def measure_fn(
 
     def one(params, rows):
         old_BR, entropy_BR = answer_log_probs(*nets.policy(params), rows, cfg, ppo, num_real)
-        reference_BR, _ = answer_log_probs(*nets.reference(params), rows, cfg, ppo, num_real)
+        reference_BR, reference_entropy_BR = answer_log_probs(
+            *nets.reference(params), rows, cfg, ppo, num_real
+        )
         return {
             "old_log_probs": old_BR,
             "reference_log_probs": reference_BR,
+            # Unused, the compiler would drop it and add up the reference in another order than the
+            # policy: equal models would not have equal log-probabilities.
+            "reference_entropy": reference_entropy_BR,
             "old_values": answer_values(*nets.value(params), rows, cfg, ppo),
             "entropy": entropy_BR,
             "scores": answer_scores(params[REWARD], rows, cfg, ppo, ends),
