@@ -125,6 +125,18 @@ def test_batch_size_changes_no_verdict(workdir, data, whole, tmp_path, size):
     assert len({tuple(record["log_probs"]) for record in one["examples"]}) == 10
 
 
+def test_batch_size_changes_no_written_answer(workdir, data, tmp_path):
+    found = {}
+    for size in (1, 3, 16):
+        out = tmp_path / f"{size}.json"
+        arguments = (f"--out={out}", "--shots=0", f"--batch_size={size}")
+        assert run(workdir, data, *arguments, tasks="math401") == 0
+        found[size] = load(out)["tasks"]["math401"]["examples"]
+    assert found[1] == found[3] == found[16]
+    # The answers do differ from item to item.
+    assert len(found[1]) == 7 and len({str(record["answers"]) for record in found[1]}) > 1
+
+
 @pytest.mark.slow
 def test_killed_runs_go_on_to_the_same_bytes(workdir, data, tmp_path):
     """kill -9 in the middle of a run of three tasks, twice."""
