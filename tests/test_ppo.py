@@ -26,10 +26,12 @@ from qwen_jax import losses
 from qwen_jax.config import LoraConfig
 from qwen_jax.data.formats import scored_sequence
 from qwen_jax.model import scalar
+from qwen_jax.sharding import use_mesh
 from qwen_jax.stages import experience, pretrain
 from qwen_jax.stages.ppo import answer_log_probs
 from qwen_jax.text.chatml import USER, Message
 from qwen_jax.trainer.stage import StageError
+from qwen_jax.trainer.state import abstract_state
 from qwen_jax.trainer.step import make_train_step
 
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("query", "value", "up"))
@@ -400,10 +402,13 @@ def test_eight_devices_equal_one():
         ppo = tiny_ppo()
         rollouts = make_rollouts(ppo, mesh)
         stage = make_stage(ppo, rollouts)
-        from qwen_jax.sharding import use_mesh
-
+        abstract = abstract_state(stage.init, stage.tx, jax.random.key(0), mesh, stage.trained)
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        state = jax.device_put(make_state(stage), places)
+        kernel = state.params["policy"]["blocks"]["feed_forward"]["up"]["kernel"]
+        assert len({str(shard.index) for shard in kernel.addressable_shards}) == mesh.size
         with use_mesh(mesh):
-            state, reports = run(stage, make_state(stage), rollouts, 2)
+            state, reports = run(stage, state, rollouts, 2)
         figures.append(rollouts.metrics())
         states.append((state, reports))
     for name in ("score", "response_len", "end_rate", "return", "value"):
