@@ -9,17 +9,24 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.sharding import constrain
+from qwen_jax.sharding import (
+    by_shard,
+    constrain,
+    max_over,
+    scatter_sum,
+    shard_index,
+    sum_over,
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy_sum(hidden_BLD, head_VD, targets_BL, weights_BL, chunk: int) -> jax.Array:
     """Sum over positions of weight * negative log-likelihood (nats) of the target.
 
-    `chunk` positions of every row are scored at a time, so at most B * chunk * V float32 logits
-    exist. When differentiated, the gradients are computed together with the loss in one pass over
-    the chunks, so the head is multiplied once and not again in the backward pass. Weights carry no
-    gradient. `chunk` must divide L.
+    Each device scores `chunk` positions of its rows at a time: no more float32 logits exist. When
+    differentiated, the gradients are computed together with the loss in one pass over the chunks,
+    so the head is multiplied once and not again in the backward pass. Weights carry no gradient.
+    `chunk` must divide L.
     """
     return _scan_chunks(hidden_BLD, head_VD, targets_BL, weights_BL, chunk, with_grad=False)[0]
 
@@ -31,23 +38,41 @@ def _chunked(x: jax.Array, chunk: int) -> jax.Array:
 
 
 def _scan_chunks(hidden_BLD, head_VD, targets_BL, weights_BL, chunk, *, with_grad: bool):
-    batch, length, width = hidden_BLD.shape
+    """Loss, and gradients of hidden states and head, or None and 0 without.
+
+    Under a mesh every device goes through its own positions against its part of the vocabulary. The
+    head is gathered once, in the dtype of the hidden states; its gradient is summed over the
+    devices once, at the end, and each keeps its shard.
+    """
+    head = constrain(head_VD.astype(hidden_BLD.dtype), "vocab", "embed")
+    rows = ("batch", "length")
+    hidden = (*rows, None)
+    run = by_shard(
+        functools.partial(_score_chunks, chunk=chunk, with_grad=with_grad),
+        in_axes=(hidden, ("vocab", None), rows, rows),
+        out_axes=((), hidden, ("vocab", "embed")) if with_grad else ((),),
+    )
+    return run(hidden_BLD, head, targets_BL, weights_BL)
+
+
+def _score_chunks(hidden_BLD, head, targets_BL, weights_BL, *, chunk: int, with_grad: bool):
+    """`_scan_chunks` on one device's positions and its rows V of the head."""
+    length, width = hidden_BLD.shape[1:]
     chunk = min(chunk, length)
     if length % chunk:
         raise ValueError(f"model.loss_chunk = {chunk} does not divide the row length {length}")
-    head = constrain(head_VD.astype(hidden_BLD.dtype), "vocab", "act_embed")
+    first_id = shard_index("vocab") * head.shape[0]
 
     def one_chunk(carry, part):
         loss, head_grad_VD = carry
         hidden_BcD, targets_Bc, weights_Bc = part
         x_TD = hidden_BcD.reshape(-1, width)
-        targets_T, weights_T = targets_Bc.reshape(-1), weights_Bc.reshape(-1)
+        targets_T, weights_T = targets_Bc.reshape(-1) - first_id, weights_Bc.reshape(-1)
         logits_TV = jnp.einsum("td,vd->tv", x_TD, head, preferred_element_type=jnp.float32)
-        logits_TV = constrain(logits_TV, "batch", "act_vocab")
-        max_T = jnp.max(logits_TV, axis=-1)
+        max_T = max_over(jnp.max(logits_TV, axis=-1), "vocab")
         exp_TV = jnp.exp(logits_TV - max_T[:, None])
-        total_T = jnp.sum(exp_TV, axis=-1)
-        picked_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
+        total_T = sum_over(jnp.sum(exp_TV, axis=-1), "vocab")
+        picked_T = _pick(logits_TV, targets_T)
         # where, not a product: a target that is not trained may score infinitely badly.
         nll_T = jnp.where(weights_T == 0, 0.0, weights_T * (jnp.log(total_T) + max_T - picked_T))
         loss = loss + jnp.sum(nll_T)
@@ -56,21 +81,31 @@ def _scan_chunks(hidden_BLD, head_VD, targets_BL, weights_BL, chunk, *, with_gra
         hot_TV = jax.nn.one_hot(targets_T, logits_TV.shape[-1], dtype=jnp.float32)
         grad_TV = (exp_TV / total_T[:, None] - hot_TV) * weights_T[:, None]
         grad_TV = grad_TV.astype(hidden_BLD.dtype)
-        x_grad = jnp.einsum("tv,vd->td", grad_TV, head).reshape(hidden_BcD.shape)
+        x_grad = sum_over(jnp.einsum("tv,vd->td", grad_TV, head), "vocab")
         head_grad = jnp.einsum("tv,td->vd", grad_TV, x_TD, preferred_element_type=jnp.float32)
-        head_grad_VD = constrain(head_grad_VD + head_grad, "vocab", "embed")
-        return (loss, head_grad_VD), x_grad
+        return (loss, head_grad_VD + head_grad), x_grad.reshape(hidden_BcD.shape)
 
-    zero_grad = jnp.zeros(head_VD.shape if with_grad else (), jnp.float32)
+    zero_grad = jnp.zeros(head.shape if with_grad else (), jnp.float32)
     parts = tuple(_chunked(x, chunk) for x in (hidden_BLD, targets_BL, weights_BL))
     if length == chunk:
         carry, grads = one_chunk((jnp.zeros(()), zero_grad), tuple(p[0] for p in parts))
         grads = None if grads is None else grads[None]
     else:
         carry, grads = jax.lax.scan(one_chunk, (jnp.zeros(()), zero_grad), parts)
-    if with_grad:
-        grads = jnp.moveaxis(grads, 0, 1).reshape(hidden_BLD.shape)
-    return carry[0], grads, carry[1]
+    loss = sum_over(carry[0], "batch", "length")
+    if not with_grad:
+        return (loss,)
+    grads = jnp.moveaxis(grads, 0, 1).reshape(hidden_BLD.shape)
+    head_grad = scatter_sum(carry[1], over=("batch", "length"), into="embed", dimension=1)
+    return loss, grads, head_grad
+
+
+def _pick(logits_TV, targets_T) -> jax.Array:
+    """The logit of each target, on whichever device of the vocabulary it lies."""
+    here_T = (targets_T >= 0) & (targets_T < logits_TV.shape[-1])
+    index_T = jnp.clip(targets_T, 0, logits_TV.shape[-1] - 1)
+    picked_T = jnp.take_along_axis(logits_TV, index_T[:, None], axis=-1)[:, 0]
+    return sum_over(jnp.where(here_T, picked_T, 0.0), "vocab")
 
 
 def _cross_entropy_forward(hidden_BLD, head_VD, targets_BL, weights_BL, chunk):

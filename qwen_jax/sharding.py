@@ -6,7 +6,7 @@ and activations are described by logical axes (`embed`, `heads`, ...); this file
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -164,9 +164,57 @@ def join_rows(x: jax.Array) -> jax.Array:
     return constrain(joined, "batch", *(None,) * (joined.ndim - 1))
 
 
+def by_shard(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
+    """`fn` run by every device on its own shards; identity without a mesh.
+
+    in_axes, out_axes: the logical axes of each argument and result. Inside, nothing is moved but by
+    `sum_over`, `max_over` and `scatter_sum`. The result has no gradient: wrap it in a custom_vjp.
+    """
+    if unsharded():
+        return fn
+    specs = [tuple(spec_of(axes) for axes in group) for group in (in_axes, out_axes)]
+    return jax.shard_map(fn, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+
+
+def sum_over(x: jax.Array, *axes: str) -> jax.Array:
+    """Inside `by_shard`: the sum over the shards of these logical axes."""
+    names = _names_of(axes)
+    return x if unsharded() or not names else jax.lax.psum(x, names)
+
+
+def max_over(x: jax.Array, *axes: str) -> jax.Array:
+    """Inside `by_shard`: the largest over the shards of these logical axes."""
+    names = _names_of(axes)
+    return x if unsharded() or not names else jax.lax.pmax(x, names)
+
+
+def scatter_sum(x: jax.Array, *, over: tuple[str, ...], into: str, dimension: int) -> jax.Array:
+    """Inside `by_shard`: as `sum_over` with each device keeping its shard of a logical axis only.
+
+    into: the axis of `dimension`. What is both summed over and split costs one reduce-scatter.
+    """
+    if unsharded():
+        return x
+    split = _names_of((into,))
+    rest = tuple(name for name in _names_of(over) if name not in split)
+    x = jax.lax.psum_scatter(x, split, scatter_dimension=dimension, tiled=True)
+    return jax.lax.psum(x, rest) if rest else x
+
+
+def shard_index(axis: str) -> jax.Array | int:
+    """Inside `by_shard`: the number of this device's shard of a logical axis."""
+    names = _names_of((axis,))
+    return 0 if unsharded() or not names else jax.lax.axis_index(names)
+
+
 def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
     """Makes `constrain` effective for everything traced inside."""
     return jax.set_mesh(mesh)
+
+
+def _names_of(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """The mesh axes of several logical axes, each once."""
+    return tuple(dict.fromkeys(name for axis in axes for name in _mesh_axes(axis)))
 
 
 def _mesh_axes(axis: str) -> tuple[str, ...]:

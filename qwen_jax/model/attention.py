@@ -6,9 +6,13 @@
 Letters beyond the usual: G query heads that share one key head, K key heads (N = K * G).
 """
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from qwen_jax.sharding import unsharded
 
 BLOCK = 64  # queries per block of the blocked back end
 
@@ -171,9 +175,16 @@ def _over_heads(fn, seen: Visibility, arrays):
     matrix products, for which XLA:CPU writes no transposed copies. XLA:CPU runs a loop on one
     thread, so the heads are cut in two loops that run beside each other.
     """
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
-        over_heads = jax.vmap(lambda row, head: fn(row, *head), in_axes=(None, 0))
-        return jax.vmap(over_heads)(seen, arrays)
+    over_heads = jax.vmap(lambda row, head: fn(row, *head), in_axes=(None, 0))
+    at_once = jax.vmap(over_heads)
+    if jax.device_count() > 1 or not unsharded():
+        return at_once(seen, arrays)
+    # By the platform that is compiled for: a program for a GPU may be compiled on a CPU.
+    in_turn = functools.partial(_head_after_head, fn)
+    return jax.lax.platform_dependent(seen, arrays, cpu=in_turn, default=at_once)
+
+
+def _head_after_head(fn, seen: Visibility, arrays):
     batch, num_kv = arrays[0].shape[:2]
     heads = jax.tree.map(lambda x: x.reshape(batch * num_kv, *x.shape[2:]), arrays)
     rows = jax.tree.map(lambda x: jnp.repeat(x, num_kv, axis=0), seen)
