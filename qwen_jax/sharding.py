@@ -198,7 +198,10 @@ def scatter_sum(x: jax.Array, *, over: tuple[str, ...], into: str, dimension: in
     split = _names_of((into,))
     rest = tuple(name for name in _names_of(over) if name not in split)
     x = jax.lax.psum_scatter(x, split, scatter_dimension=dimension, tiled=True)
-    return jax.lax.psum(x, rest) if rest else x
+    x = jax.lax.psum(x, rest) if rest else x
+    # Without a barrier XLA moves the sum behind the loop over microbatches, as one all-reduce of
+    # what each device would then hold whole during the loop.
+    return jax.lax.optimization_barrier(x)
 
 
 def shard_index(axis: str) -> jax.Array | int:
