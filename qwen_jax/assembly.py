@@ -4,12 +4,12 @@ A builder opens the data, reads what earlier stages left and puts the stage toge
 themselves never see the whole config. Nothing is compiled here.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from qwen_jax import inputs, loading
 from qwen_jax.config import Config
@@ -30,13 +30,14 @@ from qwen_jax.stages.networks import (
     networks,
     value_from_reward,
 )
-from qwen_jax.stages.ppo import make_tx
+from qwen_jax.stages.ppo import ANSWER_FIELDS, ROW_FIELDS, make_tx
+from qwen_jax.stages.ppo import loss_fn as ppo_loss_fn
 from qwen_jax.stages.rollout import Rollouts
 from qwen_jax.stages.weights import weights_of
 from qwen_jax.text import chatml
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.trainer.optimizer import make_optimizer, make_schedule
-from qwen_jax.trainer.stage import Stage
+from qwen_jax.trainer.stage import Skeleton, Stage
 from qwen_jax.trainer.state import subkey
 
 
@@ -52,14 +53,6 @@ class Assembled(NamedTuple):
     rows: VirtualShardBatches
     gzip_bits_per_byte: float | None
     start: Callable[[Any, Any], Any] | None
-
-
-class Skeleton(NamedTuple):
-    """What of a stage fixes the shapes of its state; for dry runs, without data or weights."""
-
-    init: Callable
-    tx: optax.GradientTransformation
-    trained: tuple[str, ...] | None
 
 
 def assemble(
@@ -85,14 +78,23 @@ def assemble(
 
 
 def skeleton(cfg: Config) -> Skeleton:
-    """The shapes of a run's state."""
+    """What a run compiles, from its config alone."""
     return _SKELETONS[cfg.stage](cfg)
 
 
 def _language_model(cfg: Config) -> Skeleton:
     weights = weights_of(cfg.lora)
     tx = make_optimizer(cfg.optimizer, make_schedule(cfg.optimizer, cfg.train.steps))
-    return Skeleton(weights.init(pretrain.init_fn(cfg.model)), tx, weights.trained)
+    loss = pretrain.loss_fn(cfg.model, cfg.train.dropout, weights)
+    fields = STREAM_FIELDS if cfg.stage == "pretrain" else SEGMENTED_FIELDS
+    if cfg.data.packing != "concat":
+        fields = SEGMENTED_FIELDS
+    batch = _shapes((cfg.data.batch_size, cfg.data.seq_len), fields, jnp.int32)
+    return Skeleton(weights.init(pretrain.init_fn(cfg.model)), loss, tx, weights.trained, batch)
+
+
+def _shapes(shape: tuple[int, ...], fields: tuple[str, ...], dtype) -> dict[str, Any]:
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name in fields}
 
 
 def _pretraining(cfg: Config, mesh, tokenizer: Tokenizer, log: Callable) -> Assembled:
@@ -125,7 +127,11 @@ def _fine_tuning(cfg: Config, mesh, tokenizer: Tokenizer, log: Callable) -> Asse
 
 def _reward_skeleton(cfg: Config) -> Skeleton:
     tx = make_optimizer(cfg.optimizer, make_schedule(cfg.optimizer, cfg.train.steps))
-    return Skeleton(scalar.init_fn(cfg.model), tx, scalar.TRAINED)
+    pairs = (cfg.data.batch_size, 2)
+    batch = _shapes((*pairs, cfg.data.seq_len), ("tokens",), jnp.int32)
+    batch |= _shapes(pairs, ("lengths",), jnp.int32)
+    loss = reward_stage.loss_fn(cfg.model)
+    return Skeleton(scalar.init_fn(cfg.model), loss, tx, scalar.TRAINED, batch)
 
 
 def _reward_modelling(cfg: Config, mesh, tokenizer: Tokenizer, log: Callable) -> Assembled:
@@ -251,8 +257,21 @@ def _four_models(cfg: Config, policy, reward, abstract, fresh, log: Callable) ->
 
 
 def _ppo_skeleton(cfg: Config) -> Skeleton:
-    nets = networks(cfg.model, cfg.lora)
-    return Skeleton(nets.init, make_tx(cfg.optimizer, cfg.ppo, cfg.train.steps), nets.trained)
+    ppo, nets = cfg.ppo, networks(cfg.model, cfg.lora)
+    rows = cfg.data.batch_size
+    rollout = _shapes((rows, ppo.prompt_len + ppo.response_len), ROW_FIELDS, jnp.int32)
+    batch = {"rollout": rollout | _shapes((rows, ppo.response_len), ANSWER_FIELDS, jnp.float32)}
+    text_loss = None
+    if ppo.pretrain_rows:
+        text_loss = functools.partial(pretrain.text_loss, cfg=cfg.model)
+        shape = (ppo.pretrain_rows, cfg.data.seq_len)
+        fields = STREAM_FIELDS if cfg.data.packing == "concat" else SEGMENTED_FIELDS
+        batch["text"] = _shapes(shape, fields, jnp.int32)
+        batch["text"] |= _shapes(shape, ("loss_mask",), jnp.float32)
+    # The number of real ids is the tokenizer's; it changes no shape.
+    loss = ppo_loss_fn(cfg.model, ppo, nets, cfg.model.vocab_size, text_loss)
+    tx = make_tx(cfg.optimizer, ppo, cfg.train.steps)
+    return Skeleton(nets.init, loss, tx, nets.trained, batch)
 
 
 STAGES: dict[str, Callable[..., Assembled]] = {

@@ -195,13 +195,34 @@ def scatter_sum(x: jax.Array, *, over: tuple[str, ...], into: str, dimension: in
     """
     if unsharded():
         return x
-    split = _names_of((into,))
+    sizes = jax.sharding.get_abstract_mesh().shape
+    split = [name for name in _names_of((into,)) if sizes[name] > 1]
     rest = tuple(name for name in _names_of(over) if name not in split)
-    x = jax.lax.psum_scatter(x, split, scatter_dimension=dimension, tiled=True)
-    x = jax.lax.psum(x, rest) if rest else x
+    x = jnp.moveaxis(x, dimension, 0)
+    for name in split:
+        for groups in _levels(sizes[name], math.prod(sizes.values())):
+            x = jax.lax.psum_scatter(
+                x, name, scatter_dimension=0, tiled=True, axis_index_groups=groups
+            )
+    x = jnp.moveaxis(jax.lax.psum(x, rest) if rest else x, 0, dimension)
     # Without a barrier XLA moves the sum behind the loop over microbatches, as one all-reduce of
     # what each device would then hold whole during the loop.
     return jax.lax.optimization_barrier(x)
+
+
+def _levels(size: int, num_devices: int) -> list[list[list[int]] | None]:
+    """In which groups a reduce-scatter over an axis of this size goes, one level after the other.
+
+    One level, over the whole axis, unless the axis is the whole mesh: XLA for TPUs (libtpu 0.0.42)
+    makes an all-reduce of a scatter over all devices, twice the bytes, and none of smaller ones.
+    """
+    near = next((n for n in range(2, size) if size % n == 0), size)
+    if size < num_devices or near == size:
+        return [None]
+    far = size // near
+    across = [[low + near * high for high in range(far)] for low in range(near)]
+    beside = [[low + near * high for low in range(near)] for high in range(far)]
+    return [across, beside]
 
 
 def shard_index(axis: str) -> jax.Array | int:

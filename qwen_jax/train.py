@@ -6,23 +6,19 @@ saved, start me again.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import importlib.metadata
 import json
 import math
-import runpy
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 from absl import flags
-from ml_collections import config_flags
 
-from qwen_jax import allocator, assembly, distributed, inputs, metrics, sharding
+from qwen_jax import allocator, assembly, commandline, distributed, inputs, metrics, sharding
 from qwen_jax.config import Config
 from qwen_jax.data.pipelines import VirtualShardBatches, format_mixture
 from qwen_jax.model.attention import choose_backend
@@ -38,7 +34,6 @@ META_FORMAT = 1
 
 def main(argv: Sequence[str]) -> int:
     """Runs one training command and returns its exit code."""
-    sys.argv = list(argv)  # config_flags looks there for the overrides
     try:
         values = _parse_flags(argv)
         cfg = Config.from_dict(values.config.to_dict())
@@ -79,8 +74,8 @@ def prepare(cfg: Config, workdir_name: str, found: str = "single process") -> Jo
     log = _log if jax.process_index() == 0 else _mute
     log(f"processes: {found}")
     mesh = sharding.make_mesh(cfg.mesh)
-    cfg = _resolve_backend(cfg, mesh, log)
-    _check_mesh(cfg, mesh)
+    cfg = resolve_backend(cfg, mesh, log)
+    check_mesh(cfg, mesh)
     workdir = inputs.open_workdir(workdir_name)
     tokenizer = inputs.load_tokenizer(cfg, workdir, log)
     assembled = assembly.assemble(cfg, mesh, tokenizer, log)
@@ -137,10 +132,7 @@ def train(job: Job) -> int:
 
 def _parse_flags(argv: Sequence[str]) -> flags.FlagValues:
     """The command line; every mistake on it becomes a ValueError."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "a file in configs/", lock_config=True, flag_values=values
-    )
+    values = commandline.run_flags()
     flags.DEFINE_string(
         "workdir", "", "where the run lives; the same one resumes", flag_values=values
     )
@@ -157,51 +149,11 @@ def _parse_flags(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_string("coordinator", None, "host:port of process 0", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "processes of the run", flag_values=values)
     flags.DEFINE_integer("process_id", None, "number of this process", flag_values=values)
-    try:
-        rest = values(argv)
-        if len(rest) > 1:
-            raise ValueError(f"unexpected arguments {rest[1:]}; settings are --config.name=value")
-        if values.config is None:
-            raise ValueError("--config is missing; for example --config=configs/tiny.py")
-        # A file that cannot be read raises here, not when it was parsed.
-        is_config = isinstance(values.config.lock(), ml_collections.ConfigDict)
-    except (AttributeError, KeyError) as error:
-        raise ValueError(_unknown_setting(argv) or str(error)) from error
-    except (flags.Error, TypeError, OSError) as error:
-        raise ValueError(str(error)) from error
-    if not is_config:
-        raise ValueError("--config: get_config() of the file must return a ConfigDict")
+    commandline.parse_run(values, argv)
     return values
 
 
-def _unknown_setting(argv: Sequence[str]) -> str:
-    """Names the first override of a setting that the config lacks, and its nearest neighbour."""
-    files = [a for a in argv[1:] if a.startswith(("--config=", "-config="))]
-    if not files:
-        return ""
-    path, _, argument = files[-1].split("=", 1)[1].partition(":")
-    get_config = runpy.run_path(path)["get_config"]
-    config = get_config(argument) if argument else get_config()
-    known = [f"config.{name}" for name in _dotted(config.to_dict())]
-    for argument in argv[1:]:
-        name = argument.lstrip("-").split("=")[0]
-        if name.startswith("config.") and name not in known:
-            group = name.rpartition(".")[0]
-            keys = [key for parent, _, key in (k.rpartition(".") for k in known) if parent == group]
-            near = difflib.get_close_matches(name.rpartition(".")[2], keys or known, n=1, cutoff=0)
-            advice = f"--{group}.{near[0]}" if keys else f"--{near[0]}"
-            return f"--{name}: there is no such setting; did you mean {advice}?"
-    return ""
-
-
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in tree.items():
-        yield prefix + name
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{name}.")
-
-
-def _resolve_backend(cfg: Config, mesh: jax.sharding.Mesh, log: Callable) -> Config:
+def resolve_backend(cfg: Config, mesh: jax.sharding.Mesh, log: Callable) -> Config:
     """The config with the attention back end decided, and the reason printed."""
     platform = mesh.devices.flat[0].platform
     backend, reason = choose_backend(cfg.model.attention, platform, cfg.model.compute_dtype)
@@ -209,7 +161,8 @@ def _resolve_backend(cfg: Config, mesh: jax.sharding.Mesh, log: Callable) -> Con
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention=backend))
 
 
-def _check_mesh(cfg: Config, mesh: jax.sharding.Mesh) -> None:
+def check_mesh(cfg: Config, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a model or a batch that the mesh cannot split evenly (ValueError)."""
     rows = cfg.data.batch_size // cfg.train.num_microbatches
     model = cfg.model
     sizes = {}
@@ -309,11 +262,11 @@ def _dry_run(cfg: Config, num_devices: int) -> int:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", num_devices)
     mesh = sharding.make_mesh(cfg.mesh)
-    _check_mesh(cfg, mesh)
+    check_mesh(cfg, mesh)
     # Shapes do not depend on the back end, and the one of the real hardware may not run here.
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="reference"))
-    init, tx, trained = assembly.skeleton(cfg)
-    state = abstract_state(init, tx, jax.random.key(0), mesh, trained)
+    plan = assembly.skeleton(cfg)
+    state = abstract_state(plan.init, plan.tx, jax.random.key(0), mesh, plan.trained)
     print(f"{'parameter':<44}{'shape':<24}{'per device':<24}dtype")
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -327,7 +280,7 @@ def _dry_run(cfg: Config, num_devices: int) -> int:
         f"{cfg.data.batch_size * cfg.data.seq_len:,}, {cfg.train.num_microbatches} microbatches "
         f"of {rows} rows"
     )
-    gradients = trained_part(state.params, trained)
+    gradients = trained_part(state.params, plan.trained)
     sizes = {"parameters": state.params, "optimizer": state.opt_state, "gradients": gradients}
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     print(f"memory per device, mesh {axes}:")

@@ -17,7 +17,7 @@ from qwen_jax.generate.decode import decode, unrolled
 from qwen_jax.generate.sampling import SamplingConfig
 from qwen_jax.model import scalar
 from qwen_jax.stages.networks import REWARD, Networks
-from qwen_jax.stages.ppo import answer_log_probs, answer_values
+from qwen_jax.stages.ppo import ANSWER_FIELDS, ROW_FIELDS, answer_log_probs, answer_values
 
 
 class Ends(NamedTuple):
@@ -187,8 +187,8 @@ def finish(
     advantages_BR, returns_BR = losses.gae(
         rewards_BR, rows["old_values"], mask_BR, discount=ppo.discount, gae_lambda=ppo.gae_lambda
     )
-    kept = ("tokens", "positions", "segments", "mask", "old_log_probs", "old_values")
-    done = {name: rows[name] for name in kept} | {"returns": returns_BR}
+    done = {name: rows[name] for name in (*ROW_FIELDS, *ANSWER_FIELDS) if name in rows}
+    done["returns"] = returns_BR
     done["advantages"] = (
         losses.masked_whiten(advantages_BR, mask_BR) if ppo.whiten_advantages else advantages_BR
     )

@@ -22,6 +22,9 @@ from qwen_jax.stages.networks import POLICY, VALUE, Networks
 from qwen_jax.trainer.optimizer import make_optimizer, make_schedule
 from qwen_jax.trainer.stage import StageError
 
+# What a batch holds of each row, and of the answers in it; see `loss_fn`.
+ROW_FIELDS = ("tokens", "positions", "segments")
+ANSWER_FIELDS = ("mask", "old_log_probs", "old_values", "advantages", "returns")
 # exp of more than this overflows nothing and means nothing.
 MAX_LOG_RATIO = 20.0
 

@@ -23,7 +23,7 @@ from qwen_jax.distributed import Preemption, Watchdog
 from qwen_jax.trainer.checkpoint import Checkpoints
 from qwen_jax.trainer.stage import Stage
 from qwen_jax.trainer.state import TrainState
-from qwen_jax.trainer.step import make_train_step
+from qwen_jax.trainer.step import jit_train_step
 
 SHOWN_SAMPLES = 4
 
@@ -66,7 +66,7 @@ def run(stage: Stage, state: TrainState, context: Run) -> Outcome:
     cfg = context.train
     start = int(state.step)
     with sharding.use_mesh(context.mesh):
-        step_fn = jax.jit(make_train_step(stage, cfg.num_microbatches), donate_argnums=0)
+        step_fn = jit_train_step(stage, cfg.num_microbatches)
     reporter = _Reporter(stage, context, start)
     watchdog = Watchdog(cfg.hang_timeout_secs)
     profiler = _Profiler(cfg, context.workdir)

@@ -78,3 +78,16 @@ class Stage(NamedTuple):
     check: Callable[[int, dict[str, float]], None] | None = None
     probe: Callable[[Any], dict[str, list[float]]] | None = None
     charts: tuple[str, ...] = ()
+
+
+class Skeleton(NamedTuple):
+    """What of a stage is compiled, without data or weights: for dry runs and plans.
+
+    init, loss, tx, trained: as in `Stage`. batch: shapes and dtypes of one global batch.
+    """
+
+    init: Callable[[jax.Array], Any]
+    loss: Callable[[Any, dict[str, jax.Array], jax.Array], tuple[tuple[Any, Any], dict]]
+    tx: optax.GradientTransformation
+    trained: tuple[str, ...] | None
+    batch: dict[str, Any]

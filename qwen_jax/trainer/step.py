@@ -11,11 +11,16 @@ import jax.numpy as jnp
 import optax
 
 from qwen_jax.sharding import split_rows
-from qwen_jax.trainer.stage import Stage
+from qwen_jax.trainer.stage import Skeleton, Stage
 from qwen_jax.trainer.state import TrainState, trained_part, with_trained
 
 
-def make_train_step(stage: Stage, num_microbatches: int) -> Callable:
+def jit_train_step(stage: Stage | Skeleton, num_microbatches: int) -> Callable:
+    """`make_train_step`, jitted: the new state takes the memory of the old one."""
+    return jax.jit(make_train_step(stage, num_microbatches), donate_argnums=0)
+
+
+def make_train_step(stage: Stage | Skeleton, num_microbatches: int) -> Callable:
     """A function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
     The loss and every metric of the step are sums over the microbatches divided once by the summed

@@ -1,0 +1,1 @@
+"""Compiles the very step that a run would make, for hardware that is not here; see `__main__`."""
