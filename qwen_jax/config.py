@@ -21,7 +21,7 @@ from qwen_jax.config_alignment import (
 from qwen_jax.config_values import build, require, require_choice
 
 REMAT_POLICIES = ("none", "full", "save_matmuls", "save_attention")
-ATTENTION_BACKENDS = ("auto", "reference", "blocked", "cudnn")
+ATTENTION_BACKENDS = ("auto", "reference", "blocked", "splash", "cudnn")
 SCHEDULES = ("cosine", "constant")
 PACKINGS = ("concat", "concat_masked", "first_fit")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from qwen_jax import allocator, assembly, distributed, inputs, metrics, sharding
 from qwen_jax.config import Config
 from qwen_jax.data.pipelines import VirtualShardBatches, format_mixture
-from qwen_jax.model.attention import choose_backend
+from qwen_jax.model.kernels import choose_backend
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.trainer import loop
 from qwen_jax.trainer.checkpoint import Checkpoints, NoUsableCheckpoint
@@ -203,10 +203,20 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _resolve_backend(cfg: Config, mesh: jax.sharding.Mesh, log: Callable) -> Config:
     """The config with the attention back end decided, and the reason printed."""
-    platform = mesh.devices.flat[0].platform
-    backend, reason = choose_backend(cfg.model.attention, platform, cfg.model.compute_dtype)
+    backend, reason = choose_backend(cfg.model, mesh.devices.flat[0], _row_lengths(cfg))
     log(f"attention: {backend} ({reason})")
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention=backend))
+
+
+def _row_lengths(cfg: Config) -> dict[str, int]:
+    """Positions of the rows that will be trained on, by the settings they follow from."""
+    lengths = {}
+    if cfg.ppo is None or cfg.ppo.pretrain_data:
+        lengths["data.seq_len"] = cfg.data.seq_len
+    if cfg.ppo is not None:
+        both = cfg.ppo.prompt_len + cfg.ppo.response_len
+        lengths["ppo.prompt_len + ppo.response_len"] = both
+    return lengths
 
 
 def _check_mesh(cfg: Config, mesh: jax.sharding.Mesh) -> None:

@@ -8,13 +8,12 @@ and heads.
 Letters: N query heads, K key heads (N is a multiple of K).
 """
 
-import functools
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
 from qwen_jax import sharding
@@ -63,14 +62,20 @@ def choose_backend(
     return kernel, f"{name}: {platform} and {dtype}"
 
 
-def choose_for_any_length(cfg: ModelConfig, platform: str) -> str:
-    """The back end for rows of whatever length, without gradients: evaluation and scoring.
+def for_any_length(cfg: ModelConfig, platform: str) -> ModelConfig:
+    """The model with the attention for batches of rows of whatever length: evaluation and scoring.
 
-    A prompt of 37 tokens has no blocks that splash could take; XLA's blocked attention takes it.
+    cuDNN takes every length where no gradient is asked for. Splash does not: a TPU has XLA's
+    attention in blocks here.
     """
-    if platform in CUDA and cfg.compute_dtype != "float32" and _cudnn_heads(cfg.head_dim, 128):
-        return "cudnn"
-    return "blocked"
+    fused = platform in CUDA and cfg.compute_dtype != "float32" and _cudnn_heads(cfg.head_dim, 128)
+    return dataclasses.replace(cfg, attention="cudnn" if fused else "blocked")
+
+
+def for_any_shape(cfg: ModelConfig) -> ModelConfig:
+    """The model with XLA's attention, which serves prompts, probes and single rows on a mesh."""
+    plain = "reference" if cfg.attention == "reference" else "blocked"
+    return dataclasses.replace(cfg, attention=plain)
 
 
 def _splash_needs(cfg: ModelConfig, device: Any, row_lengths: Mapping[str, int]) -> list[str]:
@@ -206,8 +211,8 @@ def cudnn(q_BLNH, k_BLKH, v_BLKH, segments_BL, mask_BLL, window: int | None) -> 
 
 def _on_own_part(fn):
     """`fn(q, k, v, what belongs to rows)` on each device's rows and heads."""
-    queries, keys = ("batch", "length", "act_heads", None), ("batch", "length", "act_heads", None)
-    return sharding.on_own_part(fn, (queries, keys, keys, ("batch",)), queries)
+    heads = ("batch", None, "act_heads", None)
+    return sharding.by_shard(fn, (heads, heads, heads, ("batch",)), heads)
 
 
 def _without_padding(out_BLNH, segments_BL):
