@@ -127,7 +127,9 @@ def padded_length(backend: str, length: int) -> int:
     return -(-length // MULTIPLES[backend]) * MULTIPLES[backend]
 
 
-def splash(q_BLNH, k_BLKH, v_BLKH, segments_BL, window: int | None, *, interpret=False) -> jax.Array:
+def splash(
+    q_BLNH, k_BLKH, v_BLKH, segments_BL, window: int | None, *, interpret=False
+) -> jax.Array:
     """Causal attention of rows with themselves by Pallas' splash kernel, [B, L, N, H].
 
     interpret: in Python instead of on a TPU, for tests.
@@ -151,7 +153,9 @@ def splash(q_BLNH, k_BLKH, v_BLKH, segments_BL, window: int | None, *, interpret
         out_BNLH = jax.vmap(kernel)(*heads_first, segments)
         return out_BNLH.swapaxes(1, 2)
 
-    return _without_padding(_on_own_part(own_part)(q_BLNH, k_BLKH, v_BLKH, segments_BL), segments_BL)
+    return _without_padding(
+        _on_own_part(own_part)(q_BLNH, k_BLKH, v_BLKH, segments_BL), segments_BL
+    )
 
 
 def block_size(length: int, dtype) -> int:
