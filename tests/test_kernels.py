@@ -147,6 +147,25 @@ def test_splash_on_eight_devices_runs_on_own_rows_and_heads():
     assert re.search(r"f32\[1,\d+,256,64\]|f32\[1,256,\d+,64\]", text)
 
 
+@pytest.mark.parametrize("packed, window", [(False, 100), (True, None), (True, 70)])
+def test_cudnn_is_asked_for_the_reference(packed, window, monkeypatch):
+    """The same call to XLA's implementation: masks, window and padding are those of the reference.
+
+    What cuDNN itself makes of it needs a GPU.
+    """
+    function = jax.nn.dot_product_attention
+
+    def by_xla(*args, **options):
+        return function(*args, **options | {"implementation": "xla"})
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    arrays, segments = arrays_of(num_kv=1), packed_segments() if packed else None
+    seen = training_visibility(jnp.arange(LENGTH)[None, :], segments, window)
+    out = value_and_grads(lambda q, k, v: attend(q, k, v, seen, "cudnn"), arrays)
+    assert distance(out, reference(arrays, segments, window)) < 2e-5
+    assert distance(out, reference(arrays, segments, 50)) > 1e-2
+
+
 def num_forward_kernels(fn, arrays) -> int:
     """Of the compiled gradient of three layers."""
 
