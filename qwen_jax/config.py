@@ -21,7 +21,8 @@ from qwen_jax.config_alignment import (
 from qwen_jax.config_values import build, require, require_choice
 
 REMAT_POLICIES = ("none", "full", "save_matmuls", "save_attention")
-ATTENTION_BACKENDS = ("auto", "reference", "blocked", "cudnn")
+REMAT_POLICIES += ("offload_attention", "offload_matmuls")
+ATTENTION_BACKENDS = ("auto", "reference", "blocked", "splash", "cudnn")
 SCHEDULES = ("cosine", "constant")
 PACKINGS = ("concat", "concat_masked", "first_fit")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -46,7 +47,10 @@ class ModelConfig:
     rope_base: base of the rotary frequencies.
     param_dtype: dtype of the master parameters; compute_dtype: dtype of the matrix products.
     remat: what the backward pass keeps of a layer: `none` keeps all, `full` only its input,
-        `save_matmuls` the outputs of the large products, `save_attention` those of attention only.
+        `save_matmuls` the outputs of the large products and of attention, `save_attention` those of
+        attention only; `offload_matmuls` and `offload_attention` keep the products in the pinned
+        memory of the host. From fast and large to slow and small: none, save_matmuls,
+        save_attention, full.
     scan_layers: one compiled layer for all (short compilation) or every layer unrolled.
     attention: back end of the attention kernel; `auto` chooses by hardware and says which.
     loss_chunk: positions per row whose logits exist at once in the loss.

@@ -22,7 +22,7 @@ from qwen_jax.hf.configs import Context
 from qwen_jax.hf.tokenizer import AnyTokenizer
 from qwen_jax.model import scalar
 from qwen_jax.model.adapters import ADAPTERS, BASE, init_adapters, merge, merge_kernel
-from qwen_jax.model.attention import choose_backend
+from qwen_jax.model.kernels import for_any_length
 from qwen_jax.model.transformer import Transformer
 from qwen_jax.text.tokenizer import SPECIAL_TOKENS
 from qwen_jax.trainer import restore
@@ -307,8 +307,7 @@ def _holds(tree: Any, path: list[str]) -> bool:
 
 def runnable(cfg: ModelConfig) -> ModelConfig:
     """The config with the attention of this hardware, wherever the model was trained."""
-    backend, _ = choose_backend("auto", jax.default_backend(), cfg.compute_dtype)
-    return dataclasses.replace(cfg, attention=backend)
+    return for_any_length(cfg, jax.default_backend())
 
 
 def _released_for_chat(context: Context) -> bool:

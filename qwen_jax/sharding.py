@@ -167,13 +167,16 @@ def join_rows(x: jax.Array) -> jax.Array:
 def by_shard(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
     """`fn` run by every device on its own shards; identity without a mesh.
 
-    in_axes, out_axes: the logical axes of each argument and result. Inside, nothing is moved but by
-    `sum_over`, `max_over` and `scatter_sum`. The result has no gradient: wrap it in a custom_vjp.
+    in_axes, out_axes: the logical axes of each argument and result; `out_axes` of a single result
+    as they are. Inside, nothing is moved but by `sum_over`, `max_over` and `scatter_sum`; what uses
+    one of them has no gradient: wrap it in a custom_vjp.
     """
     if unsharded():
         return fn
-    specs = [tuple(spec_of(axes) for axes in group) for group in (in_axes, out_axes)]
-    return jax.shard_map(fn, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+    single = not out_axes or not isinstance(out_axes[0], tuple)
+    out_specs = spec_of(out_axes) if single else tuple(map(spec_of, out_axes))
+    in_specs = tuple(map(spec_of, in_axes))
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def sum_over(x: jax.Array, *axes: str) -> jax.Array:

@@ -21,7 +21,7 @@ from absl import flags
 from qwen_jax import allocator, assembly, commandline, distributed, inputs, metrics, sharding
 from qwen_jax.config import Config
 from qwen_jax.data.pipelines import VirtualShardBatches, format_mixture
-from qwen_jax.model.attention import choose_backend
+from qwen_jax.model.kernels import choose_backend
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.trainer import loop
 from qwen_jax.trainer.checkpoint import Checkpoints, NoUsableCheckpoint
@@ -155,10 +155,20 @@ def _parse_flags(argv: Sequence[str]) -> flags.FlagValues:
 
 def resolve_backend(cfg: Config, mesh: jax.sharding.Mesh, log: Callable) -> Config:
     """The config with the attention back end decided, and the reason printed."""
-    platform = mesh.devices.flat[0].platform
-    backend, reason = choose_backend(cfg.model.attention, platform, cfg.model.compute_dtype)
+    backend, reason = choose_backend(cfg.model, mesh.devices.flat[0], _row_lengths(cfg))
     log(f"attention: {backend} ({reason})")
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention=backend))
+
+
+def _row_lengths(cfg: Config) -> dict[str, int]:
+    """Positions of the rows that will be trained on, by the settings they follow from."""
+    lengths = {}
+    if cfg.ppo is None or cfg.ppo.pretrain_data:
+        lengths["data.seq_len"] = cfg.data.seq_len
+    if cfg.ppo is not None:
+        both = cfg.ppo.prompt_len + cfg.ppo.response_len
+        lengths["ppo.prompt_len + ppo.response_len"] = both
+    return lengths
 
 
 def check_mesh(cfg: Config, mesh: jax.sharding.Mesh) -> None:

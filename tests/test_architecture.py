@@ -45,7 +45,7 @@ ALLOWED = {
     "api": ABOVE_THE_MODEL | {"generate", "hf", "loading"},
     "rewards": ABOVE_THE_MODEL | {"data", "hf", "loading"},
     "generate/__main__": EVERYTHING | {"api", "commandline", "train"},
-    "train": EVERYTHING,
+    "train": EVERYTHING | {"commandline"},
     "commandline": set(),
     "chat": EVERYTHING | {"api", "commandline", "train"},  # its exit code
     "score": EVERYTHING | {"api", "rewards", "commandline", "train"},
@@ -53,7 +53,8 @@ ALLOWED = {
     "evaluate": EVERYTHING | {"api", "commandline", "train"},
     "preference": EVERYTHING | {"commandline", "train"},  # its exit code
     "convert": EVERYTHING | {"train"},  # its exit code and the format of its metadata
-    "plan": EVERYTHING,
+    "plan": EVERYTHING | {"plan"},
+    "plan/__main__": EVERYTHING | {"commandline", "plan", "train"},  # exit code, checks
     "pipeline": EVERYTHING,
     "pipeline/__main__": EVERYTHING | {"commandline", "pipeline", "train"},
 }
@@ -188,7 +189,7 @@ def strings(name: str) -> set[str]:
         ("apply_updates", {"trainer/step.py"}),
         ("value_and_grad", {"trainer/step.py"}),
         ("grad", {"trainer/step.py"}),
-        ("ConfigDict", {"config.py", "train.py"}),
+        ("ConfigDict", {"config.py", "commandline.py"}),
         ("hasattr", set()),
         # Who lays out turns is `chatml.py`; the tokenizers only name the token.
         ("im_start", {"text/chatml.py"}),
@@ -243,7 +244,10 @@ def calls(name: str):
 
 
 # A foreign file may leave a key out, and its format says what that means.
-FOREIGN_FORMATS = ("hf/",)
+FOREIGN_FORMATS = (
+    "plan/hlo.py",
+    "hf/",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

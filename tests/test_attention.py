@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.model import attention
-from qwen_jax.model.attention import BLOCK, attend, choose_backend, make_mask, training_visibility
+from qwen_jax.model.attention import BLOCK, attend, make_mask, training_visibility
 
 BATCH, HEADS, HEAD_DIM = 2, 4, 16
 LONG = 2 * BLOCK + 64
@@ -140,18 +140,6 @@ def test_mask_of_the_documented_example():
     seen = training_visibility(jnp.array([[0, 1, 0, 1]]), jnp.array([[1, 1, 2, 2]]))
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     np.testing.assert_array_equal(make_mask(seen)[0], np.array(expected, bool))
-
-
-def test_choose_backend():
-    assert choose_backend("auto", "cpu", "float32")[0] == "blocked"
-    assert choose_backend("auto", "tpu", "bfloat16")[0] == "blocked"
-    assert choose_backend("auto", "gpu", "bfloat16")[0] == "cudnn"
-    assert choose_backend("auto", "gpu", "float32")[0] == "blocked"
-    assert choose_backend("reference", "gpu", "bfloat16")[0] == "reference"
-    with pytest.raises(ValueError, match="cudnn.*NVIDIA.*cpu"):
-        choose_backend("cudnn", "cpu", "bfloat16")
-    with pytest.raises(ValueError, match="16-bit"):
-        choose_backend("cudnn", "gpu", "float32")
 
 
 def test_an_unknown_back_end_is_refused():

@@ -311,7 +311,7 @@ def test_remat_changes_no_number(params, scan_layers):
 
     expected = run("none")
     assert float(expected[0]) > 1
-    for policy in REMAT[1:]:
+    for policy in REMAT_POLICIES[1:]:
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4),
             run(policy),

@@ -15,6 +15,7 @@ from qwen_jax.evals.task import BASE, CHAT
 from qwen_jax.evals.tasks import TASKS
 from qwen_jax.generate.decode import unrolled
 from qwen_jax.model.context import NEUTRAL, ContextConfig
+from qwen_jax.model.kernels import for_any_length
 from qwen_jax.sharding import check_divisible
 
 Evaluate = Callable[[Any], dict[str, float]]
@@ -67,7 +68,8 @@ def with_benchmarks(
         engine.Order(TASKS[name], TASKS[name].setting(CHAT if chat else BASE, None, False))
         for name in cfg.tasks
     ]
-    plain = dataclasses.replace(model, scan_layers=False, remat="none")
+    plain = for_any_length(model, mesh.devices.flat[0].platform)
+    plain = dataclasses.replace(plain, scan_layers=False, remat="none")
     work = [(order, engine.read_items(order, Path(cfg.data), cfg.limit)) for order in orders]
 
     def run(state) -> dict[str, float]:

@@ -21,6 +21,7 @@ from qwen_jax.generate.prefix import prefix_length, prefix_size, spread
 from qwen_jax.generate.sampling import SamplingConfig, sample
 from qwen_jax.model.cache import KVCache, create_cache, grow
 from qwen_jax.model.context import NEUTRAL, ContextConfig, ntk_alpha
+from qwen_jax.model.kernels import for_any_shape
 from qwen_jax.model.transformer import (
     Transformer,
     head_matrix,
@@ -101,12 +102,8 @@ class State:
 
 
 def decoding_config(cfg: ModelConfig) -> ModelConfig:
-    """The same model with unrolled layers and an attention that serves padded prompts.
-
-    cuDNN's kernel promises nothing for the padding's queries, which see no key.
-    """
-    backend = "reference" if cfg.attention == "reference" else "blocked"
-    return dataclasses.replace(cfg, scan_layers=False, attention=backend, remat="none")
+    """The same model with unrolled layers and an attention that serves prompts of every length."""
+    return dataclasses.replace(for_any_shape(cfg), scan_layers=False, remat="none")
 
 
 def pad_prompts(prompts: list[list[int]], pad: int, multiple: int = 16):

@@ -1,7 +1,8 @@
 """Causal attention over packed, padded and cached rows: the mask, and the back ends behind it.
 
 `Visibility` says which keys a query may see; `make_mask` is its only translation into booleans;
-`attend` runs the back end that the caller has chosen. Qwen report sec. 2.3 and 2.4.
+`attend` runs the back end that the caller has chosen: here those of XLA, in `kernels.py` the fused
+ones and the choice. Qwen report sec. 2.3 and 2.4.
 
 Letters beyond the usual: G query heads that share one key head, K key heads (N = K * G).
 """
@@ -11,7 +12,10 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from qwen_jax.model import kernels
+from qwen_jax.model.kernels import RESIDUALS
 from qwen_jax.sharding import unsharded
 
 BLOCK = 64  # queries per block of the blocked back end
@@ -68,9 +72,19 @@ def attend(q_BLNH, k_BSKH, v_BSKH, seen: Visibility, backend: str) -> jax.Array:
         return _attend_dense(q_BLNH, k_BSKH, v_BSKH, make_mask(seen))
     if backend == "blocked":
         return _attend_blocked(q_BLNH, k_BSKH, v_BSKH, seen)
-    if backend == "cudnn":
-        return _attend_cudnn(q_BLNH, k_BSKH, v_BSKH, seen)
-    raise ValueError(f"model.attention = {backend!r}: no such back end")
+    if backend not in ("splash", "cudnn"):
+        raise ValueError(f"model.attention = {backend!r}: no such back end")
+    if not seen.aligned:
+        raise ValueError(f"model.attention = {backend!r} serves training rows, not cached decoding")
+    segments_BL = seen.q_segments_BL
+    if backend == "splash":
+        return kernels.splash(q_BLNH, k_BSKH, v_BSKH, segments_BL, seen.window)
+    mask = None
+    if segments_BL is not None:
+        # Padding sees padding: the kernel never has a query without a key.
+        one_more = {"q_segments_BL": segments_BL + 1, "k_segments_BS": segments_BL + 1}
+        mask = make_mask(seen.replace(**one_more))
+    return kernels.cudnn(q_BLNH, k_BSKH, v_BSKH, segments_BL, mask, seen.window)
 
 
 def attend_cached(q_BLNH, keys, values, seen: Visibility) -> jax.Array:
@@ -93,24 +107,6 @@ def attend_cached(q_BLNH, keys, values, seen: Visibility) -> jax.Array:
     weights = weights.astype(q_BLNH.dtype).reshape(*q.shape[:-1], -1)
     out = jnp.einsum("...ts,...sh->...th", weights, values).reshape(q_BKGLH.shape)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
-
-
-def choose_backend(asked: str, platform: str, compute_dtype: str) -> tuple[str, str]:
-    """The back end for training on this hardware and the reason for it.
-
-    Raises:
-      ValueError: the back end asked for cannot run here. Nothing is replaced in silence.
-    """
-    if asked == "cudnn" and (platform not in ("gpu", "cuda") or compute_dtype == "float32"):
-        raise ValueError(
-            f"model.attention = 'cudnn': needs an NVIDIA GPU and a 16-bit model.compute_dtype, "
-            f"here {platform} and {compute_dtype}; use --config.model.attention=auto"
-        )
-    if asked != "auto":
-        return asked, "asked for by model.attention"
-    if platform in ("gpu", "cuda") and compute_dtype != "float32":
-        return "cudnn", f"flash attention of cuDNN: {platform} and {compute_dtype}"
-    return "blocked", f"XLA in causal blocks: {platform} and {compute_dtype}"
 
 
 def _attend_dense(q_BLNH, k_BSKH, v_BSKH, mask_BLS) -> jax.Array:
@@ -156,6 +152,7 @@ def _flash(q_BKGLH, k_BKSH, v_BKSH, seen: Visibility) -> jax.Array:
 
 def _flash_forward(q_BKGLH, k_BKSH, v_BKSH, seen):
     out, log_total = _over_heads(_forward_head, seen, (q_BKGLH, k_BKSH, v_BKSH))
+    out, log_total = (checkpoint_name(x, RESIDUALS) for x in (out, log_total))
     return out, (seen, q_BKGLH, k_BKSH, v_BKSH, out, log_total)
 
 
@@ -265,21 +262,4 @@ def _slice_visibility(seen: Visibility, queries: slice, keys: slice) -> Visibili
         q_segments_BL=seen.q_segments_BL[..., queries] if segmented else None,
         k_segments_BS=seen.k_segments_BS[..., keys] if segmented else None,
         aligned=False,
-    )
-
-
-def _attend_cudnn(q_BLNH, k_BSKH, v_BSKH, seen: Visibility) -> jax.Array:
-    """cuDNN's fused kernel. Packed documents go through a boolean mask."""
-    if not seen.aligned:
-        raise ValueError("model.attention = 'cudnn' serves training rows, not cached decoding")
-    mask = None if seen.q_segments_BL is None else make_mask(seen)[:, None, :, :]
-    window = None if seen.window is None else (seen.window - 1, 0)
-    return jax.nn.dot_product_attention(
-        q_BLNH,
-        k_BSKH,
-        v_BSKH,
-        mask=mask,
-        is_causal=True,
-        local_window_size=window,
-        implementation="cudnn",
     )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.model.kernels import for_any_shape
 from qwen_jax.model.transformer import Transformer
 
 MODEL, SCORE, CALIBRATION = "model", "score", "calibration"
@@ -22,7 +23,7 @@ TRAINED = (MODEL, SCORE)
 
 def init_fn(cfg: ModelConfig) -> Callable:
     """key -> parameters, boxed with their logical axes."""
-    tokens = jnp.zeros((1, 2), jnp.int32)
+    tokens, cfg = jnp.zeros((1, 2), jnp.int32), for_any_shape(cfg)
 
     def init(key):
         boxed = Transformer(cfg, lm_head=False).init(key, tokens, tokens)["params"]

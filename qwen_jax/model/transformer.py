@@ -19,6 +19,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.model import cache as kv
 from qwen_jax.model.attention import Visibility, attend, attend_cached, training_visibility
 from qwen_jax.model.context import NEUTRAL, ContextConfig, logn_factor, ntk_scale, row_alpha
+from qwen_jax.model.kernels import RESIDUALS
 from qwen_jax.model.layers import (
     Linear,
     RMSNorm,
@@ -32,9 +33,12 @@ from qwen_jax.model.layers import (
 from qwen_jax.model.rope import apply_rope, rope_tables
 from qwen_jax.sharding import constrain
 
+# What the backward pass finds of a layer, and whether on the device or in the host's memory.
 _SAVED_NAMES = {
-    "save_matmuls": ("qkv", "attention", "attention_out", "mlp_in"),
-    "save_attention": ("qkv", "attention"),
+    "save_matmuls": (("qkv", "attention_out", "mlp_in"), ()),
+    "save_attention": (("qkv",), ()),
+    "offload_attention": ((), ("qkv",)),
+    "offload_matmuls": ((), ("qkv", "attention_out", "mlp_in")),
 }
 # Products of the same input, by the module that holds them.
 _JOINABLE = {"attention": ("query", "key", "value"), "feed_forward": ("up", "gate")}
@@ -209,7 +213,7 @@ class Transformer(nn.Module):
             seen = training_visibility(positions_BL, segments_BL)
         else:
             seen = Visibility(positions_BL, cache.positions_BS, segments_BL, cache.segments_BS)
-        block = _rematerialised(Block, cfg.remat if cache is None else "none", cfg.scan_layers)
+        block = Block if cache is not None else _rematerialised(Block, cfg)
         keys_X = None
         if dropout_key is not None:
             fold = functools.partial(jax.random.fold_in, dropout_key)
@@ -287,21 +291,31 @@ def join_projections(params, cfg: ModelConfig):
     return params | blocks
 
 
-def _rematerialised(block, policy: str, scanned: bool):
+def _rematerialised(block, cfg: ModelConfig):
     """The block with the named part of its activations recomputed in the backward pass."""
-    if policy == "none":
+    if cfg.remat == "none":
         return block
     policies = jax.checkpoint_policies
-    if policy == "full":
+    if cfg.remat == "full":
         keep = policies.nothing_saveable
     else:
-        keep = policies.save_from_both_policies(
-            policies.save_only_these_names(*_SAVED_NAMES[policy]),
-            # The log-sum-exp of cuDNN's kernel has no name; without it the kernel would run twice.
-            lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper",
+        here, on_host = _SAVED_NAMES[cfg.remat]
+        # The output of a kernel is one of its residuals, which are kept so that it runs once.
+        here += ("attention",) if cfg.attention == "reference" else (RESIDUALS,)
+        names = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(here),
+            names_which_can_be_offloaded=list(on_host),
+            offload_src="device",
+            offload_dst="pinned_host",
         )
+
+        def keep(primitive, *args, **params):
+            # The residuals of cuDNN's kernel have no name.
+            kernel = primitive.name == "dot_product_attention_fwd_wrapper"
+            return kernel or names(primitive, *args, **params)
+
     # Under scan there is nothing that common-subexpression elimination could undo.
-    return nn.remat(block, policy=keep, prevent_cse=not scanned)
+    return nn.remat(block, policy=keep, prevent_cse=not cfg.scan_layers)
 
 
 def _scan_blocks(block, model: Transformer):

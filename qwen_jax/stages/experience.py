@@ -15,7 +15,7 @@ from qwen_jax import losses, sharding
 from qwen_jax.config import ModelConfig, PpoConfig
 from qwen_jax.generate.decode import decode, unrolled
 from qwen_jax.generate.sampling import SamplingConfig
-from qwen_jax.model import scalar
+from qwen_jax.model import kernels, scalar
 from qwen_jax.stages.networks import REWARD, Networks
 from qwen_jax.stages.ppo import ANSWER_FIELDS, ROW_FIELDS, answer_log_probs, answer_values
 
@@ -146,11 +146,13 @@ def answer_scores(
 
     An answer that was cut off is closed here: the missing end is the rollout's to punish.
     """
-    tokens_BT, width = rows["tokens"], rows["tokens"].shape[1]
+    tokens_BT = rows["tokens"]
     # Two places more: the end of a turn that did not come, and the token where the score is read.
-    tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, 2)), constant_values=ends.pad)
+    width = kernels.padded_length(cfg.attention, tokens_BT.shape[1] + 2)
+    added = width - tokens_BT.shape[1]
+    tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, added)), constant_values=ends.pad)
     start_B1 = jnp.argmax(rows["segments"] == 1, axis=1)[:, None]
-    slots_1T = jnp.arange(width + 2)[None, :]
+    slots_1T = jnp.arange(width)[None, :]
     answer_end_B1 = (ppo.prompt_len + jnp.sum(rows["mask"], axis=1).astype(jnp.int32))[:, None]
     last_B1 = jnp.take_along_axis(tokens_BT, answer_end_B1 - 1, axis=1)
     stopped_B1 = functools.reduce(jnp.logical_or, [last_B1 == stop for stop in ends.stops])

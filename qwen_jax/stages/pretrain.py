@@ -15,6 +15,7 @@ from qwen_jax.evals.scoring import heldout_scores
 from qwen_jax.generate.decode import decode, pad_prompts
 from qwen_jax.generate.sampling import SamplingConfig
 from qwen_jax.losses import cross_entropy_sum
+from qwen_jax.model.kernels import for_any_shape
 from qwen_jax.model.transformer import Transformer, head_matrix, logits
 from qwen_jax.stages.weights import ALL, Weights
 from qwen_jax.text.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ SAMPLING = SamplingConfig(temperature=0.8, top_k=0, top_p=0.95)
 
 def init_fn(cfg: ModelConfig) -> Callable:
     """key -> parameters, boxed with their logical axes."""
-    tokens = jnp.zeros((1, 2), jnp.int32)
+    tokens, cfg = jnp.zeros((1, 2), jnp.int32), for_any_shape(cfg)
     return lambda key: Transformer(cfg).init(key, tokens, tokens)["params"]
 
 
@@ -81,7 +82,7 @@ def probe_tokens(cfg: ModelConfig) -> np.ndarray:
 
 def probe_fn(cfg: ModelConfig, weights: Weights = ALL) -> Callable:
     """params -> log-probabilities of a few ids after a few fixed tokens; see `Stage.probe`."""
-    tokens = probe_tokens(cfg)
+    tokens, cfg = probe_tokens(cfg), for_any_shape(cfg)
     ids = (np.arange(PROBE_IDS, dtype=np.int32) * 104_729) % cfg.vocab_size
 
     @jax.jit

@@ -22,6 +22,7 @@ from qwen_jax.data.batch import DeviceBatches
 from qwen_jax.data.heldout import HeldoutRows
 from qwen_jax.evals import pairwise
 from qwen_jax.model import scalar
+from qwen_jax.model.kernels import for_any_shape
 from qwen_jax.stages.pretrain import flops_per_token, probe_tokens
 from qwen_jax.trainer.optimizer import make_optimizer, make_schedule
 from qwen_jax.trainer.stage import Stage
@@ -73,7 +74,7 @@ def loss_fn(cfg: ModelConfig) -> Callable:
 
 def probe_fn(cfg: ModelConfig) -> Callable:
     """params -> scores after fixed tokens, and gain and bias; see `Stage.probe`."""
-    tokens_BL = probe_tokens(cfg)[None, :]
+    tokens_BL, cfg = probe_tokens(cfg)[None, :], for_any_shape(cfg)
 
     @jax.jit
     def probe(params):
