@@ -89,8 +89,11 @@ def _language_model(cfg: Config) -> Skeleton:
     fields = STREAM_FIELDS if cfg.stage == "pretrain" else SEGMENTED_FIELDS
     if cfg.data.packing != "concat":
         fields = SEGMENTED_FIELDS
-    batch = _shapes((cfg.data.batch_size, cfg.data.seq_len), fields, jnp.int32)
-    return Skeleton(weights.init(pretrain.init_fn(cfg.model)), loss, tx, weights.trained, batch)
+    shape = (cfg.data.batch_size, cfg.data.seq_len)
+    batch = _shapes(shape, fields, jnp.int32)
+    cost = pretrain.batch_cost(cfg.model, shape, weights)
+    init = weights.init(pretrain.init_fn(cfg.model))
+    return Skeleton(init, loss, tx, weights.trained, batch, *cost)
 
 
 def _shapes(shape: tuple[int, ...], fields: tuple[str, ...], dtype) -> dict[str, Any]:
@@ -131,7 +134,8 @@ def _reward_skeleton(cfg: Config) -> Skeleton:
     batch = _shapes((*pairs, cfg.data.seq_len), ("tokens",), jnp.int32)
     batch |= _shapes(pairs, ("lengths",), jnp.int32)
     loss = reward_stage.loss_fn(cfg.model)
-    return Skeleton(scalar.init_fn(cfg.model), loss, tx, scalar.TRAINED, batch)
+    cost = reward_stage.batch_cost(cfg.model, (cfg.data.batch_size, cfg.data.seq_len))
+    return Skeleton(scalar.init_fn(cfg.model), loss, tx, scalar.TRAINED, batch, *cost)
 
 
 def _reward_modelling(cfg: Config, mesh, tokenizer: Tokenizer, log: Callable) -> Assembled:
@@ -271,7 +275,8 @@ def _ppo_skeleton(cfg: Config) -> Skeleton:
     # The number of real ids is the tokenizer's; it changes no shape.
     loss = ppo_loss_fn(cfg.model, ppo, nets, cfg.model.vocab_size, text_loss)
     tx = make_tx(cfg.optimizer, ppo, cfg.train.steps)
-    return Skeleton(nets.init, loss, tx, nets.trained, batch)
+    cost = ppo_stage.batch_cost(cfg.model, ppo, (rows, cfg.data.seq_len))
+    return Skeleton(nets.init, loss, tx, nets.trained, batch, *cost)
 
 
 STAGES: dict[str, Callable[..., Assembled]] = {

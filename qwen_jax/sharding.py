@@ -133,6 +133,22 @@ def sharding_of(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
     return NamedSharding(mesh, spec_of(axes))
 
 
+def abstract_batch(batch: Any, mesh: Mesh) -> Any:
+    """Shapes of a global batch with the shardings it has on the mesh."""
+    where = sharding_of(mesh, ("batch",))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), batch
+    )
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Of arrays, abstract or not, that know their sharding."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())

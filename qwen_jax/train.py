@@ -295,17 +295,10 @@ def _dry_run(cfg: Config, num_devices: int) -> int:
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     print(f"memory per device, mesh {axes}:")
     for name, tree in sizes.items():
-        print(f"  {name:<12}{_bytes_per_device(tree) / 2**30:9.2f} GiB")
-    total = sum(_bytes_per_device(tree) for tree in sizes.values())
+        print(f"  {name:<12}{sharding.bytes_per_device(tree) / 2**30:9.2f} GiB")
+    total = sum(sharding.bytes_per_device(tree) for tree in sizes.values())
     print(f"  {'together':<12}{total / 2**30:9.2f} GiB, before activations")
     return 0
-
-
-def _bytes_per_device(tree: Any) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def _log(text: str) -> None:

@@ -20,6 +20,7 @@ from tiny import (
     tiny_config,
 )
 
+from qwen_jax.config import REMAT_POLICIES
 from qwen_jax.model.cache import create_cache
 from qwen_jax.model.transformer import (
     Transformer,

@@ -21,15 +21,18 @@ _INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = (.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition)=%?([\w.\-]+)")
 _CALLED_SETS = re.compile(r"\b(?:called_computations|branch_computations)=\{([^{}]*)\}")
-_ARRAY = re.compile(r"\b(pred|bf16|f8\w+|[sufc]\d+)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|bf16|f8\w+|[sufc]\d+)\[([\d,]*)\](\{[^{}]*\})?")
+_SPACE = re.compile(r"S\((\d+)\)")
+MAIN_MEMORY, HOST_MEMORY = 0, 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of an instruction's result."""
+    """One array of an instruction's result. space: XLA's number of the memory it lies in."""
 
     dtype: str
     dims: tuple[int, ...]
+    space: int = MAIN_MEMORY
 
     @property
     def num_bytes(self) -> int:
@@ -135,18 +138,30 @@ def parse(text: str) -> Module:
     """
     computations: Computations = {}
     entry, block = "", None
-    for line in text.splitlines():
+    for line in _joined(text):
         header = _COMPUTATION.match(line)
         if header:
             block = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif line == "}":
             block = None
         elif block is not None and (found := _INSTRUCTION.match(line)):
             block[found[2]] = _instruction(found[2], found[3], bool(found[1]))
     if not entry:
         raise ValueError("no ENTRY computation: this is not the text of a compiled module")
     return Module(computations, entry)
+
+
+def _joined(text: str) -> Iterator[str]:
+    """Lines of the text; what a kernel says of itself over several lines in one."""
+    whole = ""
+    for line in text.splitlines():
+        if line == "}" or _COMPUTATION.match(line) or _INSTRUCTION.match(line):
+            yield whole
+            whole = line
+        else:
+            whole += line
+    yield whole
 
 
 def _instruction(name: str, text: str, is_root: bool) -> Instruction:
@@ -157,13 +172,12 @@ def _instruction(name: str, text: str, is_root: bool) -> Instruction:
     operands = tuple(re.findall(r"%([\w.\-]+)", call[len(opcode) : close]))
     if opcode in ("parameter", "constant"):
         operands = (call[len(opcode) + 1 : close],)
-    # Layouts carry parentheses and numbers of their own.
-    shape = re.sub(r"\{[^{}]*\}", "", shape)
-    arrays = tuple(
-        Array(dtype, tuple(int(n) for n in dims.split(",") if n))
-        for dtype, dims in _ARRAY.findall(shape)
-    )
-    return Instruction(name, opcode, arrays, operands, call[close + 1 :], is_root)
+    arrays = []
+    for dtype, dims, layout in _ARRAY.findall(shape):
+        space = _SPACE.search(layout)
+        sizes = tuple(int(n) for n in dims.split(",") if n)
+        arrays.append(Array(dtype, sizes, int(space[1]) if space else MAIN_MEMORY))
+    return Instruction(name, opcode, tuple(arrays), operands, call[close + 1 :], is_root)
 
 
 def _closing(text: str, start: int) -> int:
@@ -273,11 +287,12 @@ class Collective:
 
 
 def collectives(module: Module) -> list[Collective]:
-    """All exchanges between devices. Of an asynchronous pair the start counts."""
+    """All exchanges between devices. Of an asynchronous one its start counts."""
     found = []
+    going_on = _continuations(module)
     for instruction, where, runs in module.everything():
         kind = instruction.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES:
+        if kind not in COLLECTIVES or where in going_on:
             continue
         block = module.computations[where]
         inputs = [array for name in instruction.operands for array in block[name].arrays]
@@ -296,6 +311,22 @@ def collectives(module: Module) -> list[Collective]:
         if kind == "collective-permute" or members > 1:
             name = instruction.op_name
             found.append(Collective(kind, tuple(largest), group, sent, runs, name))
+    return found
+
+
+def _continuations(module: Module) -> set[str]:
+    """Computations in which an exchange that was started elsewhere goes on or ends.
+
+    XLA for TPUs spreads one all-gather over several fusions and writes it down in each of them.
+    """
+    found = set()
+    for block in module.computations.values():
+        for name, instruction in block.items():
+            inside = instruction.called.get("calls", "")
+            if inside.startswith("async_collective_fusion") or name.startswith(
+                "async-collective-done"
+            ):
+                found.add(inside)
     return found
 
 

@@ -107,10 +107,8 @@ def make_stage(
             for row in zip(*(rows[name] for name in names))
         ]
 
-    answers, seq_len = run.batch_shape
-    sequence = ppo.prompt_len + ppo.response_len
-    flops = 2 * answers * sequence * pretrain.flops_per_token(model, sequence)
-    flops += ppo.pretrain_rows * seq_len * pretrain.flops_per_token(model, seq_len)
+    num_tokens, flops = batch_cost(model, ppo, run.batch_shape)
+    updates = ppo.updates_per_rollout(run.batch_shape[0])
     return Stage(
         init=nets.init,
         loss=loss,
@@ -121,13 +119,22 @@ def make_stage(
         batches=rollouts,
         evaluate=evaluate if run.heldout or run.queries is not None else None,
         samples=samples if run.queries is not None else None,
-        tokens_per_batch=answers * sequence + ppo.pretrain_rows * seq_len,
+        tokens_per_batch=num_tokens,
         flops_per_batch=flops,
         trained=nets.trained,
-        check=ratio_check(ppo, ppo.updates_per_rollout(answers)),
+        check=ratio_check(ppo, updates),
         probe=_probe_fn(model, nets),
         charts=CHARTS,
     )
+
+
+def batch_cost(cfg: ModelConfig, ppo: PpoConfig, batch_shape: tuple[int, int]) -> tuple[int, float]:
+    """Tokens and training FLOPs of one update, without the rollout's share."""
+    answers, seq_len = batch_shape
+    sequence = ppo.prompt_len + ppo.response_len
+    flops = 2 * answers * sequence * pretrain.flops_per_token(cfg, sequence)
+    flops += ppo.pretrain_rows * seq_len * pretrain.flops_per_token(cfg, seq_len)
+    return answers * sequence + ppo.pretrain_rows * seq_len, flops
 
 
 def _texts(

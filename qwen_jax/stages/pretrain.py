@@ -111,6 +111,15 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, *, frozen: bool = False) -> 
     ) * matmul + 6 * cfg.num_layers * seq_len * cfg.num_heads * cfg.head_dim
 
 
+def batch_cost(
+    cfg: ModelConfig, batch_shape: tuple[int, int], weights: Weights = ALL
+) -> tuple[int, float]:
+    """Tokens and training FLOPs of one batch."""
+    num_tokens = batch_shape[0] * batch_shape[1]
+    frozen = weights.trained is not None
+    return num_tokens, num_tokens * flops_per_token(cfg, batch_shape[1], frozen=frozen)
+
+
 class LmRun(NamedTuple):
     """What the stages of language models are told of a run.
 
@@ -162,7 +171,7 @@ def language_model_stage(
     schedule = make_schedule(optimizer, run.total_steps)
     loss = loss_fn(model, run.dropout, weights)
     nll_fn = jax.jit(lambda params, batch: loss(params, batch, None)[0][0])
-    num_tokens = run.batch_shape[0] * run.batch_shape[1]
+    num_tokens, flops = batch_cost(model, run.batch_shape, weights)
 
     def evaluate(state):
         return heldout_scores(
@@ -178,8 +187,7 @@ def language_model_stage(
         evaluate=evaluate if run.heldout else None,
         samples=samples if run.sample_prompts and run.sample_tokens else None,
         tokens_per_batch=num_tokens,
-        flops_per_batch=num_tokens
-        * flops_per_token(model, run.batch_shape[1], frozen=weights.trained is not None),
+        flops_per_batch=flops,
         trained=weights.trained,
         probe=probe_fn(model, weights),
     )

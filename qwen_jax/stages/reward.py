@@ -128,7 +128,7 @@ def make_stage(
             state.params, score_fn, run.heldout, mesh, run.pairs_per_evaluation
         )
 
-    num_tokens = 2 * run.batch_shape[0] * run.batch_shape[1]
+    num_tokens, flops = batch_cost(model, run.batch_shape)
     return Stage(
         init=scalar.init_fn(model),
         loss=loss_fn(model),
@@ -138,15 +138,17 @@ def make_stage(
         evaluate=evaluate if run.heldout else None,
         samples=None,
         tokens_per_batch=num_tokens,
-        flops_per_batch=num_tokens * _flops(model, run.batch_shape[1]),
+        flops_per_batch=flops,
         trained=scalar.TRAINED,
         probe=probe_fn(model),
     )
 
 
-def _flops(model: ModelConfig, seq_len: int) -> float:
-    """Training FLOPs of one token: those of a language model without its head."""
-    return flops_per_token(model, seq_len) - 6 * model.vocab_size * model.d_model
+def batch_cost(cfg: ModelConfig, batch_shape: tuple[int, int]) -> tuple[int, float]:
+    """Tokens and training FLOPs of one batch: those of a language model without its head."""
+    num_tokens = 2 * batch_shape[0] * batch_shape[1]
+    head = 6 * cfg.vocab_size * cfg.d_model
+    return num_tokens, num_tokens * (flops_per_token(cfg, batch_shape[1]) - head)
 
 
 def calibrated(params: Any, gain: float, bias: float) -> Any:

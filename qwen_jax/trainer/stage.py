@@ -83,7 +83,8 @@ class Stage(NamedTuple):
 class Skeleton(NamedTuple):
     """What of a stage is compiled, without data or weights: for dry runs and plans.
 
-    init, loss, tx, trained: as in `Stage`. batch: shapes and dtypes of one global batch.
+    init, loss, tx, trained, tokens_per_batch, flops_per_batch: as in `Stage`. batch: shapes and
+    dtypes of one global batch.
     """
 
     init: Callable[[jax.Array], Any]
@@ -91,3 +92,5 @@ class Skeleton(NamedTuple):
     tx: optax.GradientTransformation
     trained: tuple[str, ...] | None
     batch: dict[str, Any]
+    tokens_per_batch: int
+    flops_per_batch: float

@@ -1,0 +1,128 @@
+"""Compiles the step that `train` would run for a topology, and says what it needs."""
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+
+from qwen_jax import assembly, sharding
+from qwen_jax.config import Config
+from qwen_jax.plan import flops, hlo
+from qwen_jax.plan.hardware import Topology
+from qwen_jax.trainer.state import abstract_state, trained_part
+from qwen_jax.trainer.step import jit_train_step
+
+
+class DoesNotFit(Exception):
+    """The step needs more memory than a device has. needed: bytes, None where it is not known."""
+
+    def __init__(self, message: str, needed: float | None):
+        super().__init__(message)
+        self.needed = needed
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. peak: at the worst moment, arguments included. host: pinned."""
+
+    arguments: int
+    temporaries: int
+    peak: int
+    aliased: int
+    outputs: int
+    host: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled step. text: of its HLO, module: the same, read. products, attention: FLOPs of one step over all devices, with recomputation.
+
+    tokens, model_flops: of one step, as `Stage` counts them.
+    """
+
+    config: Config
+    topology: Topology
+    mesh: jax.sharding.Mesh
+    text: str
+    module: hlo.Module
+    memory: Memory
+    products: float
+    attention: float
+    tokens: int
+    model_flops: float
+    compile_secs: float
+
+
+def state_bytes(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """Bytes on one device of parameters and moments, and of the gradients; nothing is compiled."""
+    stage = assembly.skeleton(cfg)
+    state = abstract_state(stage.init, stage.tx, jax.random.key(0), mesh, stage.trained)
+    gradients = trained_part(state.params, stage.trained)
+    return sharding.bytes_per_device(state), sharding.bytes_per_device(gradients)
+
+
+def compile_step(cfg: Config, topology: Topology, mesh: jax.sharding.Mesh) -> Program:
+    """Compiles; cfg with its attention back end decided.
+
+    Raises:
+      DoesNotFit: the state alone is larger than the memory, or the compiler says so.
+    """
+    stage = assembly.skeleton(cfg)
+    limit = topology.chip.memory
+    kept, gradients = state_bytes(cfg, mesh)
+    if kept + gradients > limit:
+        raise DoesNotFit(
+            f"parameters, moments and gradients take {_gib(kept + gradients)} on each device, "
+            f"which has {_gib(limit)}",
+            kept + gradients,
+        )
+    state = abstract_state(stage.init, stage.tx, jax.random.key(0), mesh, stage.trained)
+    batch = sharding.abstract_batch(stage.batch, mesh)
+    # Kernels ask which device they are for.
+    with jax.default_device(topology.devices[0]), sharding.use_mesh(mesh):
+        traced = jit_train_step(stage, cfg.train.num_microbatches).trace(state, batch)
+        products, attention = flops.of(traced)
+        start = time.perf_counter()
+        compiled = _compile(traced.lower(), limit)
+    secs = time.perf_counter() - start
+    found = compiled.memory_analysis()
+    memory = Memory(
+        arguments=found.argument_size_in_bytes,
+        temporaries=found.temp_size_in_bytes,
+        peak=found.peak_memory_in_bytes,
+        aliased=found.alias_size_in_bytes,
+        outputs=found.output_size_in_bytes,
+        host=found.host_argument_size_in_bytes + found.host_temp_size_in_bytes,
+    )
+    if memory.peak > limit:
+        raise DoesNotFit(
+            f"the step needs {_gib(memory.peak)} on each device, which has {_gib(limit)}",
+            memory.peak,
+        )
+    text = compiled.as_text()
+    module = hlo.parse(text)
+    return Program(
+        cfg, topology, mesh, text, module, memory, products, attention,
+        stage.tokens_per_batch, stage.flops_per_batch, secs,
+    )  # fmt: skip
+
+
+def _compile(lowered: Any, limit: float) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text:
+            raise
+        used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", text)
+        needed = float(used[1]) * 1024 ** (" KMG".index(used[2])) if used else None
+        asked = f"{_gib(needed)}" if needed else "more memory"
+        raise DoesNotFit(
+            f"the compiler needs {asked} on each device, which has {_gib(limit)}", needed
+        ) from error
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,205 @@
+"""Which mesh, microbatches and rematerialisation to compile for, and what would fit.
+
+A rough estimate orders all settings; the compiler then judges the best of them. Only figures of
+compiled programs are reported.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+
+from qwen_jax import sharding
+from qwen_jax.config import REMAT_POLICIES, Config, MeshConfig
+from qwen_jax.plan.hardware import CHIPS, Topology
+from qwen_jax.plan.program import DoesNotFit, Program, compile_step, state_bytes
+from qwen_jax.plan.timing import Estimate, estimate
+from qwen_jax.train import check_mesh
+
+GIB = 2**30
+# The estimate of memory is rough; what it puts above this share of the limit is not compiled.
+LIKELY = 1.15
+# Share of the forward pass that the backward pass computes again.
+_RECOMPUTED = {"none": 0.0, "save_matmuls": 0.05, "offload_matmuls": 0.05, "full": 1.0}
+_RECOMPUTED |= {"save_attention": 0.7, "offload_attention": 0.7}
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess:
+    """A setting with the estimated seconds of its step and bytes on a device."""
+
+    config: Config
+    secs: float
+    num_bytes: float
+
+
+def best_setting(
+    cfg: Config, topology: Topology, compilations: int, log: Callable
+) -> tuple[Program, Estimate] | None:
+    """The fastest of the settings that fit, by the modelled step; None when none of them does.
+
+    The setting that was given is among them. compilations: how many are compiled at most.
+    """
+    limit = topology.chip.memory
+    given = guess(cfg, topology, _mesh(cfg, topology))
+    others = [g for g in _guesses(cfg, topology) if g.num_bytes < LIKELY * limit]
+    others = [g for g in others if g.config != given.config]
+    others.sort(key=lambda g: (g.secs, g.num_bytes))
+    best: tuple[Program, Estimate] | None = None
+    for one in [given, *others[: compilations - 1]]:
+        label = setting(one.config)
+        try:
+            program = compile_step(one.config, topology, _mesh(one.config, topology))
+        except DoesNotFit as error:
+            log(f"{label}: {error}")
+            continue
+        found = estimate(program)
+        peak = program.memory.peak / GIB
+        log(f"{label}: modelled step {found.step:.2f} s, peak {peak:.1f} GiB")
+        if best is None or found.step < best[1].step:
+            best = program, found
+    return best
+
+
+def setting(cfg: Config) -> str:
+    """What the search changes, in words."""
+    sizes = [f"{axis} {size}" for axis, size in vars(cfg.mesh).items() if size != 1]
+    return (
+        f"mesh {' '.join(sizes) or 'one'}, {cfg.train.num_microbatches} microbatches, "
+        f"remat {cfg.model.remat}"
+    )
+
+
+def advice(cfg: Config, topology: Topology, error: DoesNotFit) -> str:
+    """What would fit, for somebody whose setting does not; an estimate, nothing is compiled."""
+    limit = topology.chip.memory
+    mesh = _mesh(cfg, topology)
+    state = sum(state_bytes(cfg, mesh))
+    if state > limit:
+        return _more_memory(cfg, topology, state, mesh.size)
+    fitting = [g for g in _guesses(cfg, topology) if g.num_bytes < 0.9 * limit]
+    if not fitting:
+        return _more_memory(cfg, topology, max(state, error.needed or 0), mesh.size)
+    best = min(fitting, key=lambda g: g.secs)
+    return (
+        f"should fit (estimated {best.num_bytes / GIB:.1f} of {limit / GIB:.1f} GiB): "
+        f"--config.train.num_microbatches={best.config.train.num_microbatches} "
+        f"--config.model.remat={best.config.model.remat} "
+        + " ".join(f"--config.mesh.{axis}={n}" for axis, n in vars(best.config.mesh).items())
+        + "; or let --search choose"
+    )
+
+
+def _more_memory(cfg: Config, topology: Topology, needed: float, num_devices: int) -> str:
+    total = needed * num_devices
+    # A quarter of the memory is left for activations.
+    counts = {name: math.ceil(total / (0.75 * chip.memory)) for name, chip in CHIPS.items()}
+    own = next(name for name, chip in CHIPS.items() if chip is topology.chip)
+    others = [f"{n} {name}" for name, n in counts.items() if n <= max(num_devices, 8)]
+    text = (
+        f"{total / GIB:.0f} GiB of state must be spread (mesh.fsdp): about {counts[own]} {own} "
+        f"would hold it"
+    )
+    if others:
+        text += f", or {', '.join(others)}"
+    if cfg.lora is None and cfg.stage in ("sft", "ppo"):
+        text += "; adapters (`,lora` after the size) need a third of it or less"
+    return text
+
+
+def _mesh(cfg: Config, topology: Topology) -> jax.sharding.Mesh:
+    return sharding.make_mesh(cfg.mesh, topology.devices)
+
+
+def _guesses(cfg: Config, topology: Topology) -> Iterator[Guess]:
+    """All settings that the mesh can split evenly."""
+    for mesh_config in _mesh_configs(cfg, topology):
+        at = dataclasses.replace(cfg, mesh=mesh_config)
+        mesh = _mesh(at, topology)
+        for microbatches in _powers_of_two(cfg.data.batch_size):
+            train = dataclasses.replace(cfg.train, num_microbatches=microbatches)
+            try:
+                cut = dataclasses.replace(at, train=train)
+                check_mesh(cut, mesh)
+            except ValueError:
+                continue
+            for remat in REMAT_POLICIES:
+                model = dataclasses.replace(cfg.model, remat=remat)
+                yield guess(dataclasses.replace(cut, model=model), topology, mesh)
+
+
+def _mesh_configs(cfg: Config, topology: Topology) -> Iterator[MeshConfig]:
+    """Meshes over all devices: slices along dcn, shards of parameters and of heads within one."""
+    within = len(topology.devices) // topology.slices
+    for tensor in _powers_of_two(math.gcd(cfg.model.num_kv_heads, within)):
+        yield dataclasses.replace(
+            cfg.mesh, dcn=topology.slices, data=1, fsdp=within // tensor, tensor=tensor
+        )
+
+
+def _powers_of_two(limit: int) -> list[int]:
+    """Those that divide it."""
+    return [2**n for n in range(limit.bit_length()) if limit % 2**n == 0]
+
+
+def guess(cfg: Config, topology: Topology, mesh: jax.sharding.Mesh) -> Guess:
+    """Seconds and bytes from the sizes of the model alone."""
+    model, chip = cfg.model, topology.chip
+    tensor = mesh.shape["tensor"]
+    spread = mesh.size // tensor
+    heads = model.num_heads * model.head_dim
+    rows = cfg.data.batch_size // cfg.train.num_microbatches / spread
+    # PPO runs two models over its rows, a reward model two sequences for each pair.
+    sequences = 2 if cfg.stage in ("reward", "ppo") else 1
+    tokens = rows * sequences * _row_length(cfg)
+    layer = 4 * model.d_model * heads + 3 * model.d_model * model.d_ff
+    weights = model.num_layers * layer + model.vocab_size * model.d_model
+    flops = 6 * weights * tokens * (1 + _RECOMPUTED[model.remat] / 3)
+    core = flops / tensor / (chip.peak_flops * chip.matmul)
+    links = 0.0
+    if spread > 1:
+        # Gathered for the forward and for the backward pass, scattered once.
+        links += 3 * 2 * weights / tensor / _bandwidth(topology)
+    if tensor > 1:
+        links += 4 * 2 * 2 * tokens * model.d_model * model.num_layers / _bandwidth(topology)
+    secs = max(core, links) * cfg.train.num_microbatches
+    kept = _kept(cfg, tensor) * model.num_layers * tokens
+    inside = 2 * tokens * (12 * model.d_model + (6 * heads + 6 * model.d_ff) / tensor)
+    chunk = rows * min(model.loss_chunk, cfg.data.seq_len) * model.vocab_size / tensor * 10
+    head = 6 * model.vocab_size * model.d_model / tensor
+    state = sum(state_bytes(cfg, mesh))
+    return Guess(cfg, secs, state + kept + max(inside, chunk + head))
+
+
+def _row_length(cfg: Config) -> int:
+    if cfg.ppo is not None:
+        return cfg.ppo.prompt_len + cfg.ppo.response_len
+    return cfg.data.seq_len
+
+
+def _kept(cfg: Config, tensor: int) -> float:
+    """Bytes of one token's activations that one layer leaves on the device for the backward."""
+    model = cfg.model
+    width, heads = 2 * model.d_model, 2 * model.num_heads * model.head_dim / tensor
+    wide = 2 * model.d_ff / tensor
+    return (
+        width
+        + {
+            "full": 0.0,
+            "offload_matmuls": heads,
+            "offload_attention": heads,
+            "save_attention": 4 * heads,
+            "save_matmuls": 4 * heads + width + 2 * wide,
+            "none": 10 * heads + 6 * width + 5 * wide,
+        }[model.remat]
+    )
+
+
+def _bandwidth(topology: Topology) -> float:
+    """Bytes/s that a device exchanges with all others of its slice or node."""
+    chip = topology.chip
+    if chip.platform == "gpu":
+        many = len({topology.slice_of(device) for device in topology.devices}) > 1
+        return chip.network if many else chip.link
+    return chip.link * chip.torus

@@ -1,0 +1,188 @@
+"""How long a compiled step should take: a roofline of arithmetic, memory and links.
+
+Each resource is given the work that the compiled program puts on it; the step takes as long as the
+busiest of them, for the compilers overlap the rest. It is a model: it knows no latency, and what
+share of a peak real products reach is a constant (`hardware.Chip`).
+"""
+
+import dataclasses
+from collections import Counter
+
+from qwen_jax.plan import hlo
+from qwen_jax.plan.hardware import Topology
+from qwen_jax.plan.program import Program
+
+# Products outside of fusions, by what they call.
+_PRODUCTS = ("cublas", "gemm", "tpu_custom_call", "cudnn", "fmha")
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """All collectives of one kind over one kind of link. sent: bytes a device sends in a step."""
+
+    kind: str
+    link: str
+    calls: float
+    sent: float
+    secs: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds of one step on each resource. products and attention follow each other and memory.
+
+    memory: what is moved by other instructions than products. links, network, host: bytes between
+    devices of a slice or node, between slices or nodes, and between device and host.
+    """
+
+    products: float
+    attention: float
+    memory: float
+    links: float
+    network: float
+    host: float
+    exchanges: tuple[Exchange, ...]
+
+    @property
+    def core(self) -> float:
+        """What the compute units cannot overlap."""
+        return self.products + self.attention + self.memory
+
+    @property
+    def step(self) -> float:
+        """The modelled step."""
+        return max(self.core, self.links, self.network, self.host)
+
+    @property
+    def bound(self) -> str:
+        """Which resource decides."""
+        names = ("core", "links", "network", "host")
+        return max(names, key=lambda name: getattr(self, name))
+
+
+def estimate(program: Program) -> Estimate:
+    """The times of one step."""
+    chip, devices = program.topology.chip, program.mesh.size
+    exchanges = _exchanges(program)
+    return Estimate(
+        products=program.products / devices / (chip.peak_flops * chip.matmul),
+        attention=program.attention / devices / (chip.peak_flops * chip.attention),
+        memory=traffic(program.module) / chip.memory_bandwidth,
+        links=sum(x.secs for x in exchanges if x.link == "links"),
+        network=sum(x.secs for x in exchanges if x.link == "network"),
+        host=host_traffic(program.module) / chip.host,
+        exchanges=exchanges,
+    )
+
+
+def _exchanges(program: Program) -> tuple[Exchange, ...]:
+    calls, sent, secs = Counter(), Counter(), Counter()
+    devices = list(program.mesh.devices.flat)
+    for one in hlo.collectives(program.module):
+        members = [devices[number] for number in one.group]
+        link, speed = _speed(program.topology, members, one.kind)
+        key = (one.kind, link)
+        calls[key] += one.runs
+        sent[key] += one.sent * one.runs
+        secs[key] += one.sent * one.runs / speed
+    return tuple(Exchange(*key, calls[key], sent[key], secs[key]) for key in sorted(calls))
+
+
+def _speed(topology: Topology, members: list, kind: str) -> tuple[str, float]:
+    """Over which kind of link a group exchanges, and the bytes/s that a device sends there."""
+    chip = topology.chip
+    if len({topology.slice_of(device) for device in members}) > 1:
+        return "network", chip.network
+    if chip.platform == "gpu":
+        return "links", chip.link
+    if kind == "collective-permute":
+        return "links", 2 * chip.link  # the compiler sends both ways round a ring
+    speed = 0.0
+    for axis in range(3):
+        places = {device.coords[axis] for device in members}
+        if len(places) > 1:
+            closed = len(places) >= chip.wraps
+            speed += chip.link * (2 if closed else 1)
+    return "links", speed or chip.link  # the two devices of one chip
+
+
+def traffic(module: hlo.Module) -> float:
+    """Bytes that one device moves in its main memory outside of products, in one step."""
+    total = 0.0
+    for instruction, where, runs in module.scheduled():
+        if _moves_memory(module, instruction):
+            total += runs * _moved(module, module.computations[where], instruction)
+    return total
+
+
+def host_traffic(module: hlo.Module) -> float:
+    """Bytes that one device copies to or from the host in one step."""
+    total = 0.0
+    for instruction, where, runs in module.scheduled():
+        if instruction.opcode.endswith("-done"):
+            continue
+        block = module.computations[where]
+        inputs = [a for name in instruction.operands if name in block for a in block[name].arrays]
+        if "copy" in instruction.opcode or "dynamic" in instruction.opcode:
+            there = [a for a in instruction.arrays if a.space == hlo.HOST_MEMORY]
+            back = [a for a in inputs if a.space == hlo.HOST_MEMORY]
+            if bool(there) != bool(back):
+                sizes = [a.num_bytes for a in instruction.arrays if a.dims]
+                total += runs * (min(sizes) if sizes else 0)
+    return total
+
+
+def _moves_memory(module: hlo.Module, instruction: hlo.Instruction) -> bool:
+    opcode = instruction.opcode
+    if opcode in hlo.FREE or opcode.endswith(("-done", "-update")):
+        return False
+    if opcode.removesuffix("-start") in hlo.COLLECTIVES or opcode.endswith("-start"):
+        return False
+    return not is_product(module, instruction)
+
+
+def is_product(module: hlo.Module, instruction: hlo.Instruction) -> bool:
+    """Whether an instruction is a matrix product or an attention kernel, or holds one."""
+    if instruction.opcode in ("dot", "convolution"):
+        return True
+    if instruction.opcode == "custom-call":
+        return any(name in instruction.target for name in _PRODUCTS)
+    blocks = [module.computations[n] for n in instruction.called.values() if n in module.runs]
+    return any(is_product(module, inner) for block in blocks for inner in block.values())
+
+
+def _moved(module: hlo.Module, block: dict, instruction: hlo.Instruction) -> float:
+    """Bytes that one instruction reads and writes; of slices only what is sliced."""
+    if instruction.opcode == "custom-call":
+        return 0.0  # allocations and assumptions
+    if instruction.opcode in ("dynamic-slice", "gather", "slice"):
+        return 2.0 * _in_memory(instruction)
+    if instruction.opcode == "dynamic-update-slice":
+        return 2.0 * _in_memory(block[instruction.operands[1]])
+    inside = module.computations.get(instruction.called.get("calls", ""), {})
+    root = next((x for x in inside.values() if x.is_root), None)
+    written = _in_memory(instruction)
+    if root is not None and root.opcode == "dynamic-update-slice":
+        written = _in_memory(inside[root.operands[1]])
+    parameters = {
+        int(x.operands[0]): x for x in inside.values() if x.opcode == "parameter" and x.operands
+    }
+    read = 0.0
+    for number, name in enumerate(instruction.operands):
+        if name in block:
+            read += _read(inside, parameters.get(number), block[name], root)
+    return read + written
+
+
+def _read(inside: dict, parameter, source: hlo.Instruction, root) -> float:
+    """Bytes of one operand that an instruction reads."""
+    users = [x for x in inside.values() if parameter is not None and parameter.name in x.operands]
+    if users and all(x.opcode in ("dynamic-slice", "gather", "slice") for x in users):
+        return float(sum(x.num_bytes for x in users))
+    if root is not None and users == [root] and root.opcode == "dynamic-update-slice":
+        return 0.0  # updated in place
+    return _in_memory(source)
+
+
+def _in_memory(instruction: hlo.Instruction) -> float:
+    return float(sum(a.num_bytes for a in instruction.arrays if a.space == hlo.MAIN_MEMORY))
