@@ -4,7 +4,7 @@
 #   launch/gke_jobset.sh --name=NAME --image=IMAGE --claim=PVC --topology=4x4x4 [OPTIONS] -- \
 #       --config=configs/7b.py --workdir=/data/run ...
 #
-#   --image=IMAGE                 its working folder is this repository, its python3 has the packages
+#   --image=IMAGE                 its working folder is this repository, python3 has the packages
 #   --claim=PVC                   a volume claim that many nodes may write; seen as /data
 #   --accelerator=tpu-v5p-slice   and --topology: labels of the node pool
 #   --slices=1, --chips-per-host=4
@@ -13,8 +13,8 @@
 #   --dry-run                     print the command and what it applies
 #
 # What follows -- are the arguments of qwen_jax.train. The JobSet controller starts all hosts again
-# when the run exits 42 or a host is lost, and fails on everything else. `kubectl delete jobset NAME`
-# stops it: the run saves first. Several slices: --config.mesh.dcn=SLICES.
+# when the run exits 42 or a host is lost, and fails on everything else. The command
+# `kubectl delete jobset NAME` stops the run, which saves first.
 set -eu
 name='' image='' claim='' accelerator=tpu-v5p-slice topology='' slices=1 chips=4
 queue=multislice-queue max_restarts=100 dry_run=0
@@ -35,7 +35,7 @@ while [ "$#" -gt 0 ]; do
   esac
   shift
 done
-if [ -z "$name" ] || [ -z "$image" ] || [ -z "$claim" ] || [ -z "$topology" ] || [ "$#" -eq 0 ]; then
+if [[ -z "$name" || -z "$image" || -z "$claim" || -z "$topology" || "$#" -eq 0 ]]; then
   echo "usage: $0 --name= --image= --claim= --topology= [OPTIONS] -- ARGUMENTS_OF_TRAIN..." >&2
   exit 2
 fi

@@ -3,9 +3,9 @@
 #
 #   launch/gpu_node.sh [--dry-run] --config=configs/1_8b.py --workdir=DIR ...
 #
-# The arguments are those of qwen_jax.train. Started again after a preemption (exit code 42) and on
-# nothing else; told to stop, it passes the signal on and returns the code of the run. PYTHON chooses
-# the interpreter. --dry-run prints the command.
+# The arguments are those of qwen_jax.train. Started again after exit code 42 and on nothing else;
+# told to stop, it passes the signal on and returns the code of the run. PYTHON chooses the
+# interpreter. --dry-run prints the command.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 dry_run=0

@@ -5,14 +5,16 @@
 #
 #   --type=v5p-256 --runtime=v2-alpha-tpuv5   create NAME when there is none (else it must exist)
 #   --slices=N, --spot                        how it is created; default: one slice, not spot
-#   --setup=COMMAND                           run on every host before each start, in the home folder;
-#                                             it leaves this repository in ~/qwen_jax with its .venv
+#   --setup=COMMAND                           run on every host before each start, in its home
+#                                             folder; it leaves this repository in ~/qwen_jax with
+#                                             its packages in .venv (default: they are there)
 #   --max-restarts=100
 #   --dry-run                                 print the commands
 #
-# What follows -- are the arguments of qwen_jax.train; the workdir is one that all hosts see. Started
-# again when the run exits 42, when a host or the whole resource is lost, and on nothing else. Told to
-# stop, it lets the run save and returns its code. The resource stays: deleting it is up to you.
+# What follows -- are the arguments of qwen_jax.train; the workdir is one that all hosts see. The
+# run is started again when it exits 42, when a host or the whole resource is lost, and on nothing
+# else.
+# Told to stop, it lets the run save and returns its code. The resource stays: delete it yourself.
 set -u
 name='' zone='' type='' runtime='' slices=1 spot='' setup=true max_restarts=100 dry_run=0
 while [ "$#" -gt 0 ]; do
@@ -41,13 +43,14 @@ if [ -n "$type" ] && [ -z "$runtime" ]; then
 fi
 
 # On each host. gcloud repeats a command whose connection broke, and a second start could not join
-# the processes of the first: the folder `started` lets it run once. The lock is held as long as a run
-# lives, so that the next start waits for what is left of the last.
+# the processes of the first: the folder `started` lets it run once. The lock is held as long as a
+# run lives, so that the next start waits for what is left of the last.
 prepare="$setup && cd ~/qwen_jax && flock -w 300 run.lock rm -rf started run.pid"
 start="cd ~/qwen_jax && { mkdir started || exit 42; } && exec 9>run.lock && flock 9 || exit 1
 .venv/bin/python -m qwen_jax.train $(printf '%q ' "$@") & echo \$! >run.pid
 wait \$!; code=\$?; echo qwen_jax exit code \$code; exit \$code"
-stop="cd ~/qwen_jax && timeout 60 sh -c 'until [ -s run.pid ]; do sleep 1; done' && kill -TERM \$(cat run.pid)"
+stop="cd ~/qwen_jax && timeout 60 sh -c 'until [ -s run.pid ]; do sleep 1; done'
+kill -TERM \$(cat run.pid)"
 
 resources=(gcloud compute tpus queued-resources)
 find=("${resources[@]}" list "--zone=$zone" "--filter=name~/$name\$" "--format=value(state.state)")
@@ -139,6 +142,7 @@ while [ "$stopping" -eq 0 ] && [ "$restarts" -le "$max_restarts" ]; do
         exit 2
       fi
       "${create[@]}" || exit 1
+      pause 30
       ;;
     SUSPENDED | FAILED)
       if [ -z "$type" ]; then
