@@ -115,9 +115,9 @@ class Cluster:
             time.sleep(0.2)
 
     def start_now(self, number: str, limit_secs: int = 60) -> None:
-        """Starts a requeued job without the pause that Slurm makes, which it sets late."""
+        """Starts a requeued job without the pause of two minutes, which Slurm sets late."""
         deadline = time.monotonic() + limit_secs
-        while self.job(number)["JobState"] == "PENDING":
+        while self.job(number)["JobState"] not in ("RUNNING", "COMPLETED"):
             assert time.monotonic() < deadline, self.job(number)
             self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
             time.sleep(1)

@@ -75,7 +75,11 @@ def saved_state(workdir: Path, step: int | None = None) -> dict[str, np.ndarray]
     import orbax.checkpoint as ocp
 
     folder = find_step(workdir) if step is None else workdir / "checkpoints" / str(step)
-    tree = ocp.PyTreeCheckpointer().restore(folder.absolute() / "state")
+    reader, folder = ocp.PyTreeCheckpointer(), folder.absolute() / "state"
+    # As NumPy arrays: the devices that saved it need not be here.
+    saved = reader.metadata(folder).item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+    tree = reader.restore(folder, restore_args=as_numpy)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
