@@ -35,13 +35,15 @@ pipeline: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m "not slow"
 
-# The slow ones: kill -9, two-process runs and the like.
+# The slow ones: kill -9, runs of several processes and the like. The one on Slurm needs
+# slurmctld, slurmd, slurm-client and munge of Debian, and says so when it skips.
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch
 
 # Rewrites the golden files; look at the diff before you commit it.
 golden: $(VENV)/installed-dev

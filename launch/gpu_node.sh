@@ -1,27 +1,40 @@
 #!/bin/bash
-# One machine with GPUs: launch/gpu_node.sh --config=configs/1_8b.py --workdir=... ; restarts after a
-# preemption (exit code 42) and on nothing else. DRY_RUN=1 prints the command.
+# One machine with its GPUs (or CPUs):
+#
+#   launch/gpu_node.sh [--dry-run] --config=configs/1_8b.py --workdir=DIR ...
+#
+# The arguments are those of qwen_jax.train. Started again after exit code 42 and on nothing else;
+# told to stop, it passes the signal on and returns the code of the run. PYTHON chooses the
+# interpreter. --dry-run prints the command.
 set -u
 cd "$(dirname "$0")/.." || exit 1
+dry_run=0
+if [ "${1:-}" = --dry-run ]; then
+  dry_run=1
+  shift
+fi
 command=("${PYTHON:-python3}" -m qwen_jax.train "$@")
-if [ -n "${DRY_RUN:-}" ]; then
+if [ "$dry_run" -eq 1 ]; then
   printf '%q ' "${command[@]}"
   echo
   exit 0
 fi
-stop=0
+child='' stopping=0
+stop() {
+  stopping=1
+  if [ -n "$child" ]; then kill -TERM "$child"; fi
+}
 # bash does not pass signals on to its child, and the run must be told to save.
-trap 'stop=1; kill -TERM "$child"' TERM INT
+trap stop TERM INT
 while true; do
   "${command[@]}" &
   child=$!
+  if [ "$stopping" -eq 1 ]; then kill -TERM "$child"; fi  # it came before there was a child
   wait "$child"
   code=$?
-  if [ "$stop" -eq 1 ]; then
+  if [ "$stopping" -eq 1 ]; then
     wait "$child"  # the first wait was cut short by the signal
-    code=$?
+    exit "$?"
   fi
-  if [ "$code" -ne 42 ] || [ "$stop" -eq 1 ]; then
-    exit "$code"
-  fi
+  if [ "$code" -ne 42 ]; then exit "$code"; fi
 done

@@ -2,68 +2,38 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from processes import free_port, wait_for_word
+from tiny import ROOT
+from train_runs import (
+    arguments,
+    assert_same_state,
+    data_state,
+    losses,
+    run_process,
+    saved_state,
+    wait,
+    write_corpus,
+)
 
 from qwen_jax import distributed, train
 from qwen_jax.config import Config
 from qwen_jax.text.tokenizer import Tokenizer, byte_ranks
 from qwen_jax.trainer.restore import find_step
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     """A folder with training and held-out text and the byte tokenizer."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    words = ["alpha", "beta", "gamma", "delta", "x = 1\n", "return y\n", "def f(a):\n", "12 34 "]
-    texts = [" ".join(rng.choice(words, rng.integers(20, 60))) for _ in range(60)]
-    for name, part in (("train", texts[:50]), ("heldout", texts[50:])):
-        lines = [json.dumps({"text": text}) for text in part]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    Tokenizer.from_ranks(byte_ranks()).save(folder / "bytes.tiktoken")
-    return folder
-
-
-def arguments(corpus: Path, workdir: Path, *overrides: str) -> list[str]:
-    """The command line of a run that takes seconds: 8 rows of 16 bytes, 2 layers of width 16."""
-    settings = {
-        "model.vocab_size": 464,
-        "model.d_model": 16,
-        "model.num_layers": 2,
-        "model.num_heads": 2,
-        "model.num_kv_heads": 2,
-        "model.head_dim": 8,
-        "model.d_ff": 16,
-        "model.loss_chunk": 8,
-        "tokenizer.path": corpus / "bytes.tiktoken",
-        "data.train": f"jsonl:{corpus}/train.jsonl",
-        "data.heldout": f"jsonl:{corpus}/heldout.jsonl",
-        "data.seq_len": 16,
-        "data.batch_size": 8,
-        "data.virtual_shards": 4,
-        "optimizer.warmup_steps": 2,
-        "train.steps": 6,
-        "train.log_every": 1,
-        "train.eval_every": 3,
-        "train.sample_every": 0,
-        "checkpoint.every_steps": 2,
-    }
-    flags = [f"--config.{name}={value}" for name, value in settings.items()]
-    return ["train", "--config=configs/tiny.py", f"--workdir={workdir}", *flags, *overrides]
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
@@ -82,32 +52,6 @@ def restore_process_state(monkeypatch):
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
-
-
-def saved_state(workdir: Path) -> dict[str, np.ndarray]:
-    """All arrays of the newest checkpoint, read by Orbax without our code."""
-    import orbax.checkpoint as ocp
-
-    tree = ocp.PyTreeCheckpointer().restore(find_step(workdir) / "state")
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def assert_same_state(one: Path, other: Path) -> None:
-    left, right = saved_state(one), saved_state(other)
-    assert left.keys() == right.keys()
-    for name in left:
-        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
-
-
-def data_state(workdir: Path) -> dict:
-    parts = [json.loads(p.read_text()) for p in sorted(find_step(workdir).glob("data/*.json"))]
-    return {v: where for part in parts for v, where in part["streams"].items()}
-
-
-def losses(workdir: Path) -> dict[int, float]:
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
 class TestWholeRun:
@@ -312,22 +256,6 @@ class TestDryRun:
         per_device = 16 * 7_721_324_544 / 8 / 2**30
         together = float(re.search(r"together +([\d.]+) GiB", out)[1])
         assert together == pytest.approx(per_device, rel=0.01)
-
-
-def run_process(corpus, workdir, *overrides, devices=1, env=None):
-    """Starts a training process with its own number of CPU devices."""
-    variables = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONUNBUFFERED": "1",
-    }
-    command = [sys.executable, "-m", "qwen_jax.train", *arguments(corpus, workdir, *overrides)[1:]]
-    log = open(f"{workdir}.log", "a")  # noqa: SIM115
-    return subprocess.Popen(command, cwd=ROOT, env=variables | (env or {}), stdout=log, stderr=log)
-
-
-def wait(process: subprocess.Popen) -> int:
-    return process.wait(timeout=300)
 
 
 @pytest.mark.slow
