@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.model import kernels
 from qwen_jax.model.kernels import RESIDUALS
-from qwen_jax.sharding import unsharded
+from qwen_jax.sharding import by_shard, gather_over, num_shards, unsharded
 
 BLOCK = 64  # queries per block of the blocked back end
 
@@ -134,14 +134,39 @@ def _attend_blocked(q_BLNH, k_BSKH, v_BSKH, seen: Visibility) -> jax.Array:
     Half of the products of a causal square are never computed, the logits of one block exist at a
     time, and the backward pass recomputes them from the saved log-sum-exp (Dao et al. 2022).
     """
-    length = q_BLNH.shape[1]
+    batch, length = q_BLNH.shape[:2]
     if not seen.aligned or length <= BLOCK:
         return _attend_dense(q_BLNH, k_BSKH, v_BSKH, make_mask(seen))
-    batch, _, num_kv, head_dim = k_BSKH.shape
+    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, length)), seen)
+    context = num_shards("length")
+    # Prompts and probes may not divide over the mesh: the compiler splits those as it can.
+    if context == 1 or length % context or batch % num_shards("batch"):
+        return _attend_in_blocks(q_BLNH, k_BSKH, v_BSKH, rows)
+    heads = ("batch", "length", "act_heads", None)
+    run = by_shard(_attend_to_all_shards, (heads, heads, heads, ("batch", "length")), heads)
+    return run(q_BLNH, k_BSKH, v_BSKH, rows)
+
+
+def _attend_to_all_shards(q_BLNH, k_BLKH, v_BLKH, seen: Visibility) -> jax.Array:
+    """One device's queries and the keys of the whole row, gathered from its other shards.
+
+    Where the queries stand in the row is only known at run time: no product is skipped, twice the
+    work of a causal square.
+    """
+    k_BSKH, v_BSKH, positions_BS, segments_BS = jax.tree.map(
+        lambda x: gather_over(x, "length", 1),
+        (k_BLKH, v_BLKH, seen.k_positions_BS, seen.k_segments_BS),
+    )
+    seen = seen.replace(k_positions_BS=positions_BS, k_segments_BS=segments_BS, aligned=False)
+    return _attend_in_blocks(q_BLNH, k_BSKH, v_BSKH, seen)
+
+
+def _attend_in_blocks(q_BLNH, k_BSKH, v_BSKH, seen: Visibility) -> jax.Array:
+    batch, length = q_BLNH.shape[:2]
+    num_kv, head_dim = k_BSKH.shape[2:]
     q_BKGLH = q_BLNH.reshape(batch, length, num_kv, -1, head_dim).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, length)), seen)
-    out_BKGLH = _flash(q_BKGLH, k_BKSH, v_BKSH, rows)
+    out_BKGLH = _flash(q_BKGLH, k_BKSH, v_BKSH, seen)
     return out_BKGLH.transpose(0, 3, 1, 2, 4).reshape(q_BLNH.shape)
 
 
@@ -201,7 +226,7 @@ def _blocks(seen: Visibility, length: int):
     for start in range(0, length, BLOCK):
         end = min(start + BLOCK, length)
         first = 0 if seen.window is None else max(0, start - seen.window + 1)
-        queries, keys = slice(start, end), slice(first, end)
+        queries, keys = slice(start, end), slice(first, end) if seen.aligned else slice(None)
         yield queries, keys, make_mask(_slice_visibility(seen, queries, keys))[None]
 
 
