@@ -151,14 +151,29 @@ def _attend_to_all_shards(q_BLNH, k_BLKH, v_BLKH, seen: Visibility) -> jax.Array
     """One device's queries and the keys of the whole row, gathered from its other shards.
 
     Where the queries stand in the row is only known at run time: no product is skipped, twice the
-    work of a causal square.
+    work of a causal square. One block of logits exists at a time, in the backward pass too.
     """
+    batch, length = q_BLNH.shape[:2]
     k_BSKH, v_BSKH, positions_BS, segments_BS = jax.tree.map(
         lambda x: gather_over(x, "length", 1),
         (k_BLKH, v_BLKH, seen.k_positions_BS, seen.k_segments_BS),
     )
-    seen = seen.replace(k_positions_BS=positions_BS, k_segments_BS=segments_BS, aligned=False)
-    return _attend_in_blocks(q_BLNH, k_BSKH, v_BSKH, seen)
+    # float32, so that the gradients of the blocks are added up in float32.
+    k_BSKH, v_BSKH = k_BSKH.astype(jnp.float32), v_BSKH.astype(jnp.float32)
+    block = max(size for size in range(1, BLOCK + 1) if length % size == 0)
+
+    @jax.checkpoint
+    def one_block(part):
+        q_BLNH, positions_BL, segments_BL = part
+        within = Visibility(positions_BL, positions_BS, segments_BL, segments_BS, seen.window)
+        keys, values = (x.astype(q_BLNH.dtype) for x in (k_BSKH, v_BSKH))
+        return _attend_dense(q_BLNH, keys, values, make_mask(within))
+
+    parts = jax.tree.map(
+        lambda x: x.reshape(batch, length // block, block, *x.shape[2:]).swapaxes(0, 1),
+        (q_BLNH, seen.q_positions_BL, seen.q_segments_BL),
+    )
+    return jax.lax.map(one_block, parts).swapaxes(0, 1).reshape(q_BLNH.shape)
 
 
 def _attend_in_blocks(q_BLNH, k_BSKH, v_BSKH, seen: Visibility) -> jax.Array:
@@ -226,7 +241,7 @@ def _blocks(seen: Visibility, length: int):
     for start in range(0, length, BLOCK):
         end = min(start + BLOCK, length)
         first = 0 if seen.window is None else max(0, start - seen.window + 1)
-        queries, keys = slice(start, end), slice(first, end) if seen.aligned else slice(None)
+        queries, keys = slice(start, end), slice(first, end)
         yield queries, keys, make_mask(_slice_visibility(seen, queries, keys))[None]
 
 
