@@ -277,12 +277,8 @@ class MeshConfig:
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
             require(size == -1 or size > 0, f"mesh.{axis}", size, "must be positive, or -1 to fill")
-        require(
-            sum(size == -1 for size in sizes.values()) <= 1,
-            "mesh",
-            sizes,
-            "at most one axis may be -1",
-        )
+        filling = sum(size == -1 for size in sizes.values())
+        require(filling <= 1, "mesh", sizes, "at most one axis may be -1")
         require(self.context > 0, "mesh.context", self.context, "must be positive")
 
 
@@ -416,11 +412,9 @@ class Config:
         for group in (self.reward, self.ppo):
             if group is not None:
                 group.check_run(self)
-        parts, fix = (
-            self.train.num_microbatches,
-            f"must divide data.batch_size = {self.data.batch_size}",
-        )
-        require(self.data.batch_size % parts == 0, "train.num_microbatches", parts, fix)
+        rows, parts = self.data.batch_size, self.train.num_microbatches
+        fix = f"must divide data.batch_size = {rows}"
+        require(rows % parts == 0, "train.num_microbatches", parts, fix)
         warmup, fix = self.optimizer.warmup_steps, f"must be below train.steps = {self.train.steps}"
         require(warmup < self.train.steps, "optimizer.warmup_steps", warmup, fix)
         self._check_positions()
@@ -434,8 +428,8 @@ class Config:
             fix = f"must be 1 for stage {self.stage!r}; only pretrain and sft split their rows"
             require(self.stage in ("pretrain", "sft"), "mesh.context", shards, fix)
             whole = f"must divide data.seq_len / mesh.context = {length // shards}"
-        own = length // shards
-        require(own % min(chunk, own) == 0, "model.loss_chunk", chunk, whole)
+        fits = length // shards % min(chunk, length // shards) == 0
+        require(fits, "model.loss_chunk", chunk, whole)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":

@@ -173,7 +173,8 @@ def _attend_to_all_shards(q_BLNH, k_BLKH, v_BLKH, seen: Visibility) -> jax.Array
         lambda x: x.reshape(batch, length // block, block, *x.shape[2:]).swapaxes(0, 1),
         (q_BLNH, seen.q_positions_BL, seen.q_segments_BL),
     )
-    return jax.lax.map(one_block, parts).swapaxes(0, 1).reshape(q_BLNH.shape)
+    out_BLNH = jax.lax.map(one_block, parts).swapaxes(0, 1).reshape(q_BLNH.shape)
+    return checkpoint_name(out_BLNH, RESIDUALS)
 
 
 def _attend_in_blocks(q_BLNH, k_BSKH, v_BSKH, seen: Visibility) -> jax.Array:
