@@ -182,7 +182,9 @@ def our_turn(cfg, samples, rollouts_per_turn):
     from qwen_jax.trainer.state import create_state
     from qwen_jax.trainer.step import make_train_step
 
-    mesh = sharding.make_mesh(MeshConfig(dcn=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    mesh = sharding.make_mesh(
+        MeshConfig(dcn=1, data=1, fsdp=1, context=1, tensor=1), jax.devices()[:1]
+    )
     stage = our_stage(cfg, samples, mesh)
     step = jax.jit(make_train_step(stage, samples // ROWS), donate_argnums=0)
     state = create_state(stage.init, stage.tx, jax.random.key(0), mesh, stage.trained)

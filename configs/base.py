@@ -60,7 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "clip_norm": 1.0,  # [memo]
                 "moment_dtype": "float32",
             },
-            "mesh": {"dcn": 1, "data": 1, "fsdp": -1, "tensor": 1},
+            "mesh": {"dcn": 1, "data": 1, "fsdp": -1, "context": 1, "tensor": 1},
             "checkpoint": {
                 "every_steps": 1000,
                 "keep_latest": 3,

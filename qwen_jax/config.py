@@ -263,24 +263,23 @@ class MeshConfig:
 
     dcn: slices joined by the data-centre network, pure data parallelism.
     data: replicas of the parameters. fsdp: shards of parameters, moments and batch.
+    context: shards of the positions of a row, and of parameters and moments; never -1.
     tensor: shards of heads, feed-forward and vocabulary.
     """
 
     dcn: int
     data: int
     fsdp: int
+    context: int
     tensor: int
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
             require(size == -1 or size > 0, f"mesh.{axis}", size, "must be positive, or -1 to fill")
-        require(
-            sum(size == -1 for size in sizes.values()) <= 1,
-            "mesh",
-            sizes,
-            "at most one axis may be -1",
-        )
+        filling = sum(size == -1 for size in sizes.values())
+        require(filling <= 1, "mesh", sizes, "at most one axis may be -1")
+        require(self.context > 0, "mesh.context", self.context, "must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,24 +412,24 @@ class Config:
         for group in (self.reward, self.ppo):
             if group is not None:
                 group.check_run(self)
-        require(
-            self.data.batch_size % self.train.num_microbatches == 0,
-            "train.num_microbatches",
-            self.train.num_microbatches,
-            f"must divide data.batch_size = {self.data.batch_size}",
-        )
-        require(
-            self.optimizer.warmup_steps < self.train.steps,
-            "optimizer.warmup_steps",
-            self.optimizer.warmup_steps,
-            f"must be below train.steps = {self.train.steps}",
-        )
-        require(
-            self.data.seq_len % min(self.model.loss_chunk, self.data.seq_len) == 0,
-            "model.loss_chunk",
-            self.model.loss_chunk,
-            f"must divide data.seq_len = {self.data.seq_len}",
-        )
+        rows, parts = self.data.batch_size, self.train.num_microbatches
+        fix = f"must divide data.batch_size = {rows}"
+        require(rows % parts == 0, "train.num_microbatches", parts, fix)
+        warmup, fix = self.optimizer.warmup_steps, f"must be below train.steps = {self.train.steps}"
+        require(warmup < self.train.steps, "optimizer.warmup_steps", warmup, fix)
+        self._check_positions()
+
+    def _check_positions(self) -> None:
+        """How the positions of a row are cut: over devices, and there into chunks of the loss."""
+        length, shards, chunk = self.data.seq_len, self.mesh.context, self.model.loss_chunk
+        whole = f"must divide data.seq_len = {length}"
+        require(length % shards == 0, "mesh.context", shards, whole)
+        if shards > 1:
+            fix = f"must be 1 for stage {self.stage!r}; only pretrain and sft split their rows"
+            require(self.stage in ("pretrain", "sft"), "mesh.context", shards, fix)
+            whole = f"must divide data.seq_len / mesh.context = {length // shards}"
+        fits = length // shards % min(chunk, length // shards) == 0
+        require(fits, "model.loss_chunk", chunk, whole)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":

@@ -6,7 +6,7 @@ and activations are described by logical axes (`embed`, `heads`, ...); this file
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,18 +17,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.config import MeshConfig
 
-MESH_AXES = ("dcn", "data", "fsdp", "tensor")
+MESH_AXES = ("dcn", "data", "fsdp", "context", "tensor")
 
-# Logical axis -> mesh axes. Names with `act_` are of activations: there the batch already holds
-# `fsdp`, so the residual width must stay whole.
+# Logical axis -> mesh axes. Names with `act_` are of activations: there batch and length already
+# hold `fsdp` and `context`, so the residual width must stay whole.
 RULES: dict[str, tuple[str, ...] | str | None] = {
     "batch": ("dcn", "data", "fsdp"),
-    "length": None,
+    "length": "context",
     "act_embed": None,
     "act_heads": "tensor",
     "act_mlp": "tensor",
     "act_vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -45,7 +45,7 @@ def resolve_mesh_sizes(cfg: MeshConfig, num_devices: int) -> dict[str, int]:
     Raises:
       ValueError: the product does not equal the number of devices; the text says what would fit.
     """
-    sizes = {"dcn": cfg.dcn, "data": cfg.data, "fsdp": cfg.fsdp, "tensor": cfg.tensor}
+    sizes = {axis: getattr(cfg, axis) for axis in MESH_AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     for axis, size in sizes.items():
@@ -78,7 +78,7 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         grid = np.asarray(devices).reshape(shape)
     elif sizes["dcn"] > 1:
         grid = mesh_utils.create_hybrid_device_mesh(
-            (1, *shape[1:]), (sizes["dcn"], 1, 1, 1), devices=devices
+            (1, *shape[1:]), (sizes["dcn"], *(1,) * (len(shape) - 1)), devices=devices
         )
     else:
         grid = mesh_utils.create_device_mesh(shape, devices=devices)
@@ -99,7 +99,7 @@ def rows_mesh(num_devices: int, batch_size: int) -> Mesh | None:
             f"--num_devices={num_devices}: must divide --batch_size={batch_size} and not exceed "
             f"the {jax.device_count()} devices present"
         )
-    sizes = MeshConfig(dcn=1, data=1, fsdp=num_devices, tensor=1)
+    sizes = MeshConfig(dcn=1, data=1, fsdp=num_devices, context=1, tensor=1)
     return make_mesh(sizes, jax.devices()[:num_devices])
 
 
@@ -113,7 +113,7 @@ def check_divisible(mesh: Mesh, sizes: Mapping[str, tuple[str, int]]) -> None:
     """
     problems = []
     for name, (axis, size) in sizes.items():
-        ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in _mesh_axes(axis))
+        ways = num_shards(axis, mesh)
         if size % ways:
             split = [a for a in _mesh_axes(axis) if mesh.shape[a] > 1]
             axes = " x ".join(f"mesh.{a} {mesh.shape[a]}" for a in split)
@@ -165,33 +165,44 @@ def unsharded() -> bool:
     return mesh.empty or math.prod(mesh.shape.values()) == 1
 
 
+def num_shards(axis: str, mesh: Mesh | None = None) -> int:
+    """Into how many parts a logical axis is split, on the mesh in use where none is given."""
+    shape = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
+    return math.prod(shape[name] for name in _mesh_axes(axis)) if shape else 1
+
+
+def row_axes(num_dimensions: int) -> tuple[str, ...]:
+    """The logical axes of data: rows, and where there are two dimensions the positions in them."""
+    return ("batch", "length") if num_dimensions == 2 else ("batch",)
+
+
 def split_rows(x: jax.Array, parts: int) -> jax.Array:
     """[B, ...] as [parts, B / parts, ...], every part spread over all devices.
 
     Row i goes to part i mod parts: contiguous parts would each lie on a few devices only.
     """
     split = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
-    return constrain(split, "microbatch", "batch", *(None,) * (x.ndim - 1))
+    return constrain(split, "microbatch", *row_axes(x.ndim))
 
 
 def join_rows(x: jax.Array) -> jax.Array:
     """The inverse of `split_rows`."""
     joined = jnp.moveaxis(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-    return constrain(joined, "batch", *(None,) * (joined.ndim - 1))
+    return constrain(joined, *row_axes(joined.ndim))
 
 
 def by_shard(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
     """`fn` run by every device on its own shards; identity without a mesh.
 
     in_axes, out_axes: the logical axes of each argument and result; `out_axes` of a single result
-    as they are. Inside, nothing is moved but by `sum_over`, `max_over` and `scatter_sum`; what uses
-    one of them has no gradient: wrap it in a custom_vjp.
+    as they are. An argument may bring partitions of its own instead. Inside, nothing is moved but
+    by the functions below; what uses a sum or a maximum has no gradient: wrap it in a custom_vjp.
     """
     if unsharded():
         return fn
     single = not out_axes or not isinstance(out_axes[0], tuple)
     out_specs = spec_of(out_axes) if single else tuple(map(spec_of, out_axes))
-    in_specs = tuple(map(spec_of, in_axes))
+    in_specs = tuple(spec_of(axes) if isinstance(axes, tuple) else axes for axes in in_axes)
     return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
@@ -242,6 +253,19 @@ def _levels(size: int, num_devices: int) -> list[list[list[int]] | None]:
     across = [[low + near * high for high in range(far)] for low in range(near)]
     beside = [[low + near * high for low in range(near)] for high in range(far)]
     return [across, beside]
+
+
+def gather_over(x: jax.Array, axis: str, dimension: int) -> jax.Array:
+    """Inside `by_shard`: all shards of a logical axis, joined in a dimension. Has a gradient."""
+    if num_shards(axis) == 1:
+        return x
+    return jax.lax.all_gather(x, _names_of((axis,)), axis=dimension, tiled=True)
+
+
+def send(x: jax.Array, axis: str, receivers: Sequence[int]) -> jax.Array:
+    """Inside `by_shard`: what another shard of the axis sends; shard i sends to `receivers[i]`."""
+    (name,) = _names_of((axis,))
+    return jax.lax.ppermute(x, name, list(enumerate(receivers)))
 
 
 def shard_index(axis: str) -> jax.Array | int:

@@ -155,7 +155,9 @@ def _parse_flags(argv: Sequence[str]) -> flags.FlagValues:
 
 def resolve_backend(cfg: Config, mesh: jax.sharding.Mesh, log: Callable) -> Config:
     """The config with the attention back end decided, and the reason printed."""
-    backend, reason = choose_backend(cfg.model, mesh.devices.flat[0], _row_lengths(cfg))
+    backend, reason = choose_backend(
+        cfg.model, mesh.devices.flat[0], _row_lengths(cfg), cfg.mesh.context
+    )
     log(f"attention: {backend} ({reason})")
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention=backend))
 
@@ -191,6 +193,7 @@ def check_mesh(cfg: Config, mesh: jax.sharding.Mesh) -> None:
             "model.d_ff": ("mlp", model.d_ff),
             "model.vocab_size": ("vocab", model.vocab_size),
             "model.d_model": ("embed", model.d_model),
+            "data.seq_len": ("length", cfg.data.seq_len),
         },
     )
 

@@ -209,7 +209,7 @@ LONG = {"data.seq_len": 2048}
     ],
 )
 def test_choose_backend(asked, device, dtype, head_dim, expected):
-    backend, reason = choose_backend(model(asked, dtype, head_dim), device, LONG)
+    backend, reason = choose_backend(model(asked, dtype, head_dim), device, LONG, 1)
     assert backend == expected and reason
 
 
@@ -231,9 +231,9 @@ REFUSED = {
 def test_what_cannot_be_served_is_refused(name):
     asked, device, changes, lengths, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
-        choose_backend(model(asked, **changes), device, lengths)
+        choose_backend(model(asked, **changes), device, lengths, 1)
     # The same with `auto` is served by XLA, and the reason says why.
-    backend, reason = choose_backend(model("auto", **changes), device, lengths)
+    backend, reason = choose_backend(model("auto", **changes), device, lengths, 1)
     assert backend == "blocked" and (device is CPU or "cannot serve" in reason)
 
 

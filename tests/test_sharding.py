@@ -32,10 +32,10 @@ def mesh():
 @pytest.mark.parametrize(
     "sizes, devices, expected",
     [
-        ((1, 1, -1, 1), 8, (1, 1, 8, 1)),
-        ((2, -1, 2, 1), 8, (2, 2, 2, 1)),
-        ((1, 2, 2, 2), 8, (1, 2, 2, 2)),
-        ((1, 1, 1, -1), 1, (1, 1, 1, 1)),
+        ((1, 1, -1, 1, 1), 8, (1, 1, 8, 1, 1)),
+        ((2, -1, 2, 1, 1), 8, (2, 2, 2, 1, 1)),
+        ((1, 1, -1, 2, 2), 8, (1, 1, 2, 2, 2)),
+        ((1, 1, 1, 1, -1), 1, (1, 1, 1, 1, 1)),
     ],
 )
 def test_mesh_sizes(sizes, devices, expected):
@@ -45,9 +45,9 @@ def test_mesh_sizes(sizes, devices, expected):
 @pytest.mark.parametrize(
     "sizes, devices, message",
     [
-        ((1, 3, -1, 1), 8, r"cannot fill mesh.fsdp: 3 does not divide the 8 devices"),
-        ((1, 2, 2, 1), 8, r"= 4 devices, fewer than the 8 present; set one axis to -1"),
-        ((1, 4, 4, 1), 8, r"= 16 devices, more than the 8 present"),
+        ((1, 3, -1, 1, 1), 8, r"cannot fill mesh.fsdp: 3 does not divide the 8 devices"),
+        ((1, 2, 2, 1, 1), 8, r"= 4 devices, fewer than the 8 present; set one axis to -1"),
+        ((1, 4, 4, 1, 1), 8, r"= 16 devices, more than the 8 present"),
     ],
 )
 def test_mesh_that_does_not_fit(sizes, devices, message):
@@ -56,8 +56,8 @@ def test_mesh_that_does_not_fit(sizes, devices, message):
 
 
 def test_make_mesh_takes_all_devices():
-    found = make_mesh(MeshConfig(1, 1, -1, 2))
-    assert dict(found.shape) == {"dcn": 1, "data": 1, "fsdp": 4, "tensor": 2}
+    found = make_mesh(MeshConfig(1, 1, -1, 1, 2))
+    assert dict(found.shape) == {"dcn": 1, "data": 1, "fsdp": 4, "context": 1, "tensor": 2}
     assert found.axis_names == MESH_AXES
 
 

@@ -88,7 +88,7 @@ SHARED_SHAPE = (8, 32)
 
 def mesh_of(num_devices: int, **sizes: int) -> jax.sharding.Mesh:
     """A mesh over the first devices; axes not named have one device."""
-    cfg = MeshConfig(**({"dcn": 1, "data": 1, "fsdp": 1, "tensor": 1} | sizes))
+    cfg = MeshConfig(**({"dcn": 1, "data": 1, "fsdp": 1, "context": 1, "tensor": 1} | sizes))
     return make_mesh(cfg, jax.devices()[:num_devices])
 
 

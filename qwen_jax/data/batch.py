@@ -26,16 +26,20 @@ class DeviceBatches:
 
     def __init__(self, rows: VirtualShardBatches, mesh: jax.sharding.Mesh, fields: tuple[str, ...]):
         self.rows, self._fields = rows, fields
-        self._sharding = sharding.sharding_of(mesh, ("batch",))
+        self._mesh = mesh
+        self._num_blocks = process_placement(mesh, sharding.num_shards("batch", mesh))[1]
 
     def next(self, state: Any) -> dict[str, jax.Array]:
         """The next global batch; the state plays no part."""
         del state
         local = next(self.rows)
-        return {
-            name: jax.make_array_from_process_local_data(self._sharding, local[name])
-            for name in self._fields
-        }
+        return {name: self._place(local[name]) for name in self._fields}
+
+    def _place(self, local: np.ndarray) -> jax.Array:
+        """The rows of all processes from those of this one, which are whole rows."""
+        where = sharding.sharding_of(self._mesh, sharding.row_axes(local.ndim))
+        shape = (local.shape[0] * self._num_blocks, *local.shape[1:])
+        return jax.make_array_from_process_local_data(where, local, shape)
 
     def get_state(self) -> dict:
         """Where this process's shards stand after the batches handed out."""
@@ -61,7 +65,7 @@ class DeviceBatches:
 def process_placement(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
     """Which block of the batch's rows this process feeds: (block, number of blocks).
 
-    Processes whose devices differ along the tensor axis only feed the same rows.
+    Processes whose devices differ along the tensor or the context axis only feed the same rows.
 
     Raises:
       ValueError: the rows of this process's devices are not one contiguous block.
@@ -76,15 +80,16 @@ def process_placement(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, in
     if covered != last - first or first % covered:
         raise ValueError(
             "mesh: the devices of one process do not hold neighbouring rows of the batch; choose "
-            "mesh.tensor no larger than the devices of a process"
+            "mesh.context x mesh.tensor no larger than the devices of a process"
         )
     return first // covered, batch_size // covered
 
 
 def to_devices(rows: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Rows that every process holds in full, sharded over the mesh by their first dimension."""
-    where = sharding.sharding_of(mesh, ("batch",))
-    return {
-        name: jax.make_array_from_callback(array.shape, where, lambda index, a=array: a[index])
-        for name, array in rows.items()
-    }
+    """Rows that every process holds in full, sharded over the mesh."""
+
+    def place(array: np.ndarray) -> jax.Array:
+        where = sharding.sharding_of(mesh, sharding.row_axes(array.ndim))
+        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+    return {name: place(array) for name, array in rows.items()}

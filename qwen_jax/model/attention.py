@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.model import kernels
 from qwen_jax.model.kernels import RESIDUALS
-from qwen_jax.sharding import unsharded
+from qwen_jax.sharding import by_shard, gather_over, num_shards, unsharded
 
 BLOCK = 64  # queries per block of the blocked back end
 
@@ -134,14 +134,55 @@ def _attend_blocked(q_BLNH, k_BSKH, v_BSKH, seen: Visibility) -> jax.Array:
     Half of the products of a causal square are never computed, the logits of one block exist at a
     time, and the backward pass recomputes them from the saved log-sum-exp (Dao et al. 2022).
     """
-    length = q_BLNH.shape[1]
+    batch, length = q_BLNH.shape[:2]
     if not seen.aligned or length <= BLOCK:
         return _attend_dense(q_BLNH, k_BSKH, v_BSKH, make_mask(seen))
-    batch, _, num_kv, head_dim = k_BSKH.shape
+    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, length)), seen)
+    context = num_shards("length")
+    # Prompts and probes may not divide over the mesh: the compiler splits those as it can.
+    if context == 1 or length % context or batch % num_shards("batch"):
+        return _attend_in_blocks(q_BLNH, k_BSKH, v_BSKH, rows)
+    heads = ("batch", "length", "act_heads", None)
+    run = by_shard(_attend_to_all_shards, (heads, heads, heads, ("batch", "length")), heads)
+    return run(q_BLNH, k_BSKH, v_BSKH, rows)
+
+
+def _attend_to_all_shards(q_BLNH, k_BLKH, v_BLKH, seen: Visibility) -> jax.Array:
+    """One device's queries and the keys of the whole row, gathered from its other shards.
+
+    Where the queries stand in the row is only known at run time: no product is skipped, twice the
+    work of a causal square. One block of logits exists at a time, in the backward pass too.
+    """
+    batch, length = q_BLNH.shape[:2]
+    k_BSKH, v_BSKH, positions_BS, segments_BS = jax.tree.map(
+        lambda x: gather_over(x, "length", 1),
+        (k_BLKH, v_BLKH, seen.k_positions_BS, seen.k_segments_BS),
+    )
+    # float32, so that the gradients of the blocks are added up in float32.
+    k_BSKH, v_BSKH = k_BSKH.astype(jnp.float32), v_BSKH.astype(jnp.float32)
+    block = max(size for size in range(1, BLOCK + 1) if length % size == 0)
+
+    @jax.checkpoint
+    def one_block(part):
+        q_BLNH, positions_BL, segments_BL = part
+        within = Visibility(positions_BL, positions_BS, segments_BL, segments_BS, seen.window)
+        keys, values = (x.astype(q_BLNH.dtype) for x in (k_BSKH, v_BSKH))
+        return _attend_dense(q_BLNH, keys, values, make_mask(within))
+
+    parts = jax.tree.map(
+        lambda x: x.reshape(batch, length // block, block, *x.shape[2:]).swapaxes(0, 1),
+        (q_BLNH, seen.q_positions_BL, seen.q_segments_BL),
+    )
+    out_BLNH = jax.lax.map(one_block, parts).swapaxes(0, 1).reshape(q_BLNH.shape)
+    return checkpoint_name(out_BLNH, RESIDUALS)
+
+
+def _attend_in_blocks(q_BLNH, k_BSKH, v_BSKH, seen: Visibility) -> jax.Array:
+    batch, length = q_BLNH.shape[:2]
+    num_kv, head_dim = k_BSKH.shape[2:]
     q_BKGLH = q_BLNH.reshape(batch, length, num_kv, -1, head_dim).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, length)), seen)
-    out_BKGLH = _flash(q_BKGLH, k_BKSH, v_BKSH, rows)
+    out_BKGLH = _flash(q_BKGLH, k_BKSH, v_BKSH, seen)
     return out_BKGLH.transpose(0, 3, 1, 2, 4).reshape(q_BLNH.shape)
 
 

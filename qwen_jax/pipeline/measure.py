@@ -89,7 +89,9 @@ def measure(judge: Judge, workdir: Path) -> dict[str, Any]:
     cfg, tokenizer = judge.cfg, judge.tokenizer
     params = loading.load(workdir).params
     nll_fn = jax.jit(lambda params, batch: pretrain.text_loss(params, None, batch, cfg))
-    mesh = sharding.make_mesh(MeshConfig(dcn=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    mesh = sharding.make_mesh(
+        MeshConfig(dcn=1, data=1, fsdp=1, context=1, tensor=1), jax.devices()[:1]
+    )
     text = heldout_scores(params, nll_fn, [("text", judge.text)], mesh, 32, STREAM_FIELDS)
     tree = {
         POLICY: params,
