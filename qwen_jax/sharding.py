@@ -135,10 +135,12 @@ def sharding_of(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
 
 def abstract_batch(batch: Any, mesh: Mesh) -> Any:
     """Shapes of a global batch with the shardings it has on the mesh."""
-    where = sharding_of(mesh, ("batch",))
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), batch
-    )
+
+    def place(leaf):
+        where = sharding_of(mesh, row_axes(len(leaf.shape)))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map(place, batch)
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -107,6 +107,11 @@ class Module:
                         runs[called] += runs[name] * turns
         return runs
 
+    def fused(self, instruction: Instruction) -> dict[str, Instruction]:
+        """What is inside a fusion; nothing for other instructions."""
+        name = instruction.called.get("calls")
+        return {} if name is None else self.computations[name]
+
     def scheduled(self) -> Iterator[tuple[Instruction, str, float]]:
         """Instructions that run on their own, with their computation and how often they run.
 
@@ -239,8 +244,7 @@ def _is_integer(instruction: Instruction) -> bool:
 
 def _compare_in(module: Module, root: Instruction) -> Instruction | None:
     """The comparison that a fused condition ends in."""
-    inside = module.computations.get(root.called.get("calls", ""), {})
-    return next((x for x in inside.values() if x.opcode == "compare"), None)
+    return next((x for x in module.fused(root).values() if x.opcode == "compare"), None)
 
 
 def _constant_element(block: dict[str, Instruction], tuple_name: str, index: int) -> int | None:

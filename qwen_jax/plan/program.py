@@ -37,9 +37,10 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled step. text: of its HLO, module: the same, read. products, attention: FLOPs of one step over all devices, with recomputation.
+    """A compiled step.
 
-    tokens, model_flops: of one step, as `Stage` counts them.
+    text: of its HLO; module: the same, read. products, attention: FLOPs of one step over all
+    devices, with recomputation. tokens, model_flops: of one step, as `Stage` counts them.
     """
 
     config: Config

@@ -130,12 +130,14 @@ def _guesses(cfg: Config, topology: Topology) -> Iterator[Guess]:
 
 
 def _mesh_configs(cfg: Config, topology: Topology) -> Iterator[MeshConfig]:
-    """Meshes over all devices: slices along dcn, shards of parameters and of heads within one."""
-    within = len(topology.devices) // topology.slices
+    """Meshes over all devices: slices along dcn, shards of parameters and of heads within one.
+
+    Rows stay cut in as many parts as they were.
+    """
+    context = sharding.num_shards("length", _mesh(cfg, topology))
+    within = len(topology.devices) // topology.slices // context
     for tensor in _powers_of_two(math.gcd(cfg.model.num_kv_heads, within)):
-        yield dataclasses.replace(
-            cfg.mesh, dcn=topology.slices, data=1, fsdp=within // tensor, tensor=tensor
-        )
+        yield MeshConfig(topology.slices, 1, within // tensor, context, tensor)
 
 
 def _powers_of_two(limit: int) -> list[int]:
@@ -146,7 +148,7 @@ def _powers_of_two(limit: int) -> list[int]:
 def guess(cfg: Config, topology: Topology, mesh: jax.sharding.Mesh) -> Guess:
     """Seconds and bytes from the sizes of the model alone."""
     model, chip = cfg.model, topology.chip
-    tensor = mesh.shape["tensor"]
+    tensor = sharding.num_shards("heads", mesh)
     spread = mesh.size // tensor
     heads = model.num_heads * model.head_dim
     rows = cfg.data.batch_size // cfg.train.num_microbatches / spread

@@ -159,7 +159,7 @@ def _moved(module: hlo.Module, block: dict, instruction: hlo.Instruction) -> flo
         return 2.0 * _in_memory(instruction)
     if instruction.opcode == "dynamic-update-slice":
         return 2.0 * _in_memory(block[instruction.operands[1]])
-    inside = module.computations.get(instruction.called.get("calls", ""), {})
+    inside = module.fused(instruction)
     root = next((x for x in inside.values() if x.is_root), None)
     written = _in_memory(instruction)
     if root is not None and root.opcode == "dynamic-update-slice":
