@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 MINOR := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
 TESTED := $(wildcard constraints/$(MINOR).txt)
 
-.PHONY: quickstart pipeline test test-slow lint golden dryrun constraints
+.PHONY: quickstart pipeline test test-slow test-plan plan-env lint golden dryrun constraints
 
 $(VENV)/installed: requirements.txt $(TESTED)
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,22 @@ test: $(VENV)/installed-dev
 # slurmctld, slurmd, slurm-client and munge of Debian, and says so when it skips.
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -m slow
+
+# Compilers for TPUs and GPUs, to be used without either: .venv-plan/bin/python -m qwen_jax.plan
+PLAN_VENV ?= .venv-plan
+plan-env: $(PLAN_VENV)/installed
+
+$(PLAN_VENV)/installed: requirements.txt requirements-plan.txt $(TESTED)
+	$(PYTHON) -m venv $(PLAN_VENV)
+	$(PLAN_VENV)/bin/python -m pip install --quiet -r requirements.txt -r requirements-plan.txt \
+		$(TESTED:%=-c %)
+	touch $@
+
+# Every preset compiled for the hardware it is shipped for, and its program checked: about an hour
+# on two cores. PAIRS picks some: make test-plan PAIRS="7b and v5p"
+PAIRS ?= plan
+test-plan: $(PLAN_VENV)/installed
+	$(PLAN_VENV)/bin/python -m pytest -q tests/test_plan_compiled.py -k "$(PAIRS)"
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

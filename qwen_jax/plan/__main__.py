@@ -25,16 +25,11 @@ EXIT_DOES_NOT_FIT = 3
 def main(argv: Sequence[str]) -> int:
     """Makes one plan, or searches for one; returns the exit code."""
     try:
-        values = _parse_flags(argv)
-        cfg = Config.from_dict(values.config.to_dict())
-        hardware.use_cpu_for_the_rest()
-        topology = hardware.find_topology(values.topology, values.slices)
-        mesh = sharding.make_mesh(cfg.mesh, topology.devices)
-        check_mesh(cfg, mesh)
-        cfg = resolve_backend(cfg, mesh, _log)
+        values = parse_flags(argv)
+        cfg, topology = read(values)
         if values.search:
             return _search(cfg, topology, values)
-        program = compile_step(cfg, topology, mesh)
+        program = compile_step(cfg, topology)
     except ValueError as error:
         _log(f"error: {error}")
         return EXIT_CONFIG
@@ -46,6 +41,20 @@ def main(argv: Sequence[str]) -> int:
         Path(values.hlo).write_text(program.text)
     _write(report.as_dict(program, estimate(program), values.price), values)
     return 0
+
+
+def read(values: flags.FlagValues) -> tuple[Config, hardware.Topology]:
+    """The checked config, its attention decided, and the devices.
+
+    Raises:
+      ValueError: as `train` would, or there is no such topology or no compiler for it.
+    """
+    cfg = Config.from_dict(values.config.to_dict())
+    hardware.use_cpu_for_the_rest()
+    topology = hardware.find_topology(values.topology, values.slices)
+    mesh = sharding.make_mesh(cfg.mesh, topology.devices)
+    check_mesh(cfg, mesh)
+    return resolve_backend(cfg, mesh, _log), topology
 
 
 def _search(cfg: Config, topology: hardware.Topology, values: flags.FlagValues) -> int:
@@ -66,7 +75,8 @@ def _write(figures: dict, values: flags.FlagValues) -> None:
         Path(values.json).write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def _parse_flags(argv: Sequence[str]) -> flags.FlagValues:
+def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
+    """The command line (ValueError for every mistake on it)."""
     values = commandline.run_flags()
     own = {"flag_values": values}
     flags.DEFINE_string("topology", "", "v5p:2x4x4, h100:8, h100:4x8 (nodes x GPUs), ...", **own)

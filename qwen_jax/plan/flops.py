@@ -55,7 +55,7 @@ def _square(shape: tuple[int, ...], length_axis: int) -> float:
 
 
 def _pallas(eqn) -> float:
-    kernel = eqn.params["name"]
+    kernel = str(eqn.params["name"])
     kinds = [kind for kind in _SPLASH_PRODUCTS if f"_{kind}" in kernel]
     if "splash" not in kernel or not kinds:
         raise ValueError(f"pallas kernel {kernel!r}: its work is not known here")

@@ -145,6 +145,8 @@ def _describe(platform: str, name: str, package: str, options: dict[str, Any]) -
 def use_cpu_for_the_rest() -> None:
     """No device of this machine is touched: whatever is not compiled for the topology runs here."""
     jax.config.update("jax_platforms", "cpu")
+    # Programs with sharded cuDNN attention cannot be written to the cache.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 # XLA's description of a GPU, from NVIDIA's public tables; only what the compiler asks for.

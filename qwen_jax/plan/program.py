@@ -64,13 +64,14 @@ def state_bytes(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
     return sharding.bytes_per_device(state), sharding.bytes_per_device(gradients)
 
 
-def compile_step(cfg: Config, topology: Topology, mesh: jax.sharding.Mesh) -> Program:
-    """Compiles; cfg with its attention back end decided.
+def compile_step(cfg: Config, topology: Topology) -> Program:
+    """Compiles the step of a run; cfg with its attention back end decided.
 
     Raises:
       DoesNotFit: the state alone is larger than the memory, or the compiler says so.
     """
     stage = assembly.skeleton(cfg)
+    mesh = sharding.make_mesh(cfg.mesh, topology.devices)
     limit = topology.chip.memory
     kept, gradients = state_bytes(cfg, mesh)
     if kept + gradients > limit:

@@ -50,7 +50,7 @@ def best_setting(
     for one in [given, *others[: compilations - 1]]:
         label = setting(one.config)
         try:
-            program = compile_step(one.config, topology, _mesh(one.config, topology))
+            program = compile_step(one.config, topology)
         except DoesNotFit as error:
             log(f"{label}: {error}")
             continue
@@ -77,10 +77,10 @@ def advice(cfg: Config, topology: Topology, error: DoesNotFit) -> str:
     mesh = _mesh(cfg, topology)
     state = sum(state_bytes(cfg, mesh))
     if state > limit:
-        return _more_memory(cfg, topology, state, mesh.size)
+        return _more_memory(cfg, topology, state)
     fitting = [g for g in _guesses(cfg, topology) if g.num_bytes < 0.9 * limit]
     if not fitting:
-        return _more_memory(cfg, topology, max(state, error.needed or 0), mesh.size)
+        return _more_memory(cfg, topology, max(state, error.needed or 0))
     best = min(fitting, key=lambda g: g.secs)
     return (
         f"should fit (estimated {best.num_bytes / GIB:.1f} of {limit / GIB:.1f} GiB): "
@@ -91,15 +91,16 @@ def advice(cfg: Config, topology: Topology, error: DoesNotFit) -> str:
     )
 
 
-def _more_memory(cfg: Config, topology: Topology, needed: float, num_devices: int) -> str:
-    total = needed * num_devices
+def _more_memory(cfg: Config, topology: Topology, needed: float) -> str:
+    total = needed * len(topology.devices)
     # A quarter of the memory is left for activations.
-    counts = {name: math.ceil(total / (0.75 * chip.memory)) for name, chip in CHIPS.items()}
-    own = next(name for name, chip in CHIPS.items() if chip is topology.chip)
-    others = [f"{n} {name}" for name, n in counts.items() if n <= max(num_devices, 8)]
+    own = topology.name.partition(":")[0]
+    counts = {own: math.ceil(total / (0.75 * topology.chip.memory))}
+    counts |= {name: math.ceil(total / (0.75 * chip.memory)) for name, chip in CHIPS.items()}
+    others = [f"{n} {name}" for name, n in counts.items() if name != own and n <= 8]
     text = (
-        f"{total / GIB:.0f} GiB of state must be spread (mesh.fsdp): about {counts[own]} {own} "
-        f"would hold it"
+        f"{total / GIB:.0f} GiB must be spread (mesh.fsdp): about {counts[own]} {own} would hold "
+        "them"
     )
     if others:
         text += f", or {', '.join(others)}"
@@ -136,8 +137,12 @@ def _mesh_configs(cfg: Config, topology: Topology) -> Iterator[MeshConfig]:
     """
     context = sharding.num_shards("length", _mesh(cfg, topology))
     within = len(topology.devices) // topology.slices // context
+    nodes = len({topology.slice_of(device) for device in topology.devices}) // topology.slices
     for tensor in _powers_of_two(math.gcd(cfg.model.num_kv_heads, within)):
-        yield MeshConfig(topology.slices, 1, within // tensor, context, tensor)
+        for data in sorted({1, nodes}):  # shards of parameters over all nodes, or within each
+            if within % (data * tensor) == 0:
+                fsdp = within // (data * tensor)
+                yield MeshConfig(topology.slices, data, fsdp, context, tensor)
 
 
 def _powers_of_two(limit: int) -> list[int]:

@@ -1,0 +1,365 @@
+"""Plans: what is read off a compiled program, on CPU devices that stand in for the hardware."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny import abstract_params, mesh_of
+
+from qwen_jax import losses, sharding
+from qwen_jax.config import Config, MeshConfig
+from qwen_jax.model import transformer
+from qwen_jax.plan import checks, flops, hlo, report, search, timing
+from qwen_jax.plan.__main__ import main
+from qwen_jax.plan.hardware import CHIPS, Chip, Topology, find_topology
+from qwen_jax.plan.program import DoesNotFit, compile_step, state_bytes
+from qwen_jax.stages.pretrain import flops_per_token
+from qwen_jax.trainer import step
+
+ROW = 128  # positions
+ROOMY = Chip("gpu", 1e12, 8 * 2**30, 1e10, 1e9, 1e8, 1e9)
+
+
+def eight_devices(chip: Chip = ROOMY) -> Topology:
+    return Topology("cpu:8", chip, jax.devices()[:8], 1)
+
+
+def small_run(**model) -> Config:
+    """A run on eight devices whose weights are larger than its batches."""
+    from configs import tiny
+
+    values = tiny.get_config()
+    values.data.update(train="stdlib:train", batch_size=32, seq_len=ROW, virtual_shards=8)
+    values.train.num_microbatches = 2
+    cfg = Config.from_dict(values.to_dict())
+    size = {"vocab_size": 1024, "d_model": 256, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4}
+    size |= {"head_dim": 64, "d_ff": 384, "loss_chunk": 16, "attention": "blocked", "remat": "full"}
+    size |= {"compute_dtype": "bfloat16"}
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **(size | model)))
+
+
+@functools.cache
+def planned():
+    return compile_step(small_run(), eight_devices())
+
+
+def compiled(fn, *shapes):
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return hlo.parse(jax.jit(fn).lower(*arrays).compile().as_text())
+
+
+class TestHlo:
+    def test_loops_count_as_often_as_they_turn(self):
+        def nested(x):
+            def outer(x, _):
+                return jax.lax.scan(lambda x, _: (jnp.sin(x @ x), None), x, length=5)[0], None
+
+            return jax.lax.scan(outer, x, length=7)[0]
+
+        module = compiled(nested, (64, 64))
+        sines = [runs for one, _, runs in module.everything() if one.opcode == "sine"]
+        assert sines == [35.0]
+
+    def test_text_of_something_else(self):
+        with pytest.raises(ValueError, match="no ENTRY"):
+            hlo.parse("module @jit_f {}")
+
+    @pytest.mark.parametrize(
+        "text, expected",
+        [
+            ("replica_groups={{0,1},{2,3}}, dimensions={0}", (0, 1)),
+            ("replica_groups=[4,2]<=[8], x=1", (0, 1)),
+            ("replica_groups=[4,2]<=[2,4]T(1,0), x=1", (0, 4)),
+            ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x=1", (0, 4)),
+            ("replica_groups=mesh['a'=2,'b'=4] {'b'}, x=1", (0, 1, 2, 3)),
+            ("source_target_pairs={{0,2},{2,4},{4,0},{1,3}}, x=1", (0, 2, 4)),
+            ("x=1", ()),
+        ],
+    )
+    def test_groups_of_devices(self, text, expected):
+        assert hlo.group_of(text) == expected
+
+    def test_bytes_that_devices_exchange(self):
+        mesh = mesh_of(8, fsdp=8)
+        whole = jax.NamedSharding(mesh, jax.P())
+        split = jax.NamedSharding(mesh, jax.P("fsdp"))
+        array = jax.ShapeDtypeStruct((1024, 256), jnp.float32, sharding=split)
+        text = jax.jit(lambda x: x * 2, out_shardings=whole).lower(array).compile().as_text()
+        (gather,) = hlo.collectives(hlo.parse(text))
+        assert gather.kind == "all-gather" and gather.group == tuple(range(8))
+        assert gather.sent == 1024 * 256 * 4 * 7 / 8
+
+    def test_a_reduction_sends_twice_what_a_scatter_sends(self):
+        def sums(x, *, scatter):
+            if scatter:
+                return jax.lax.psum_scatter(x, "fsdp", scatter_dimension=0, tiled=True)
+            return jax.lax.psum(x, "fsdp")
+
+        sent = {}
+        for scatter in (True, False):
+            mesh = mesh_of(8, fsdp=8)
+            fn = jax.shard_map(
+                functools.partial(sums, scatter=scatter), mesh=mesh, in_specs=jax.P(),
+                out_specs=jax.P("fsdp" if scatter else None), check_vma=False,
+            )  # fmt: skip
+            array = jax.ShapeDtypeStruct((1024, 8), jnp.float32)
+            text = jax.jit(fn).lower(array).compile().as_text()
+            sent[scatter] = sum(x.sent for x in hlo.collectives(hlo.parse(text)))
+        assert sent[False] == 2 * sent[True] == 2 * 1024 * 8 * 4 * 7 / 8
+
+
+class TestFlops:
+    @pytest.mark.parametrize("devices", [1, 8])
+    @pytest.mark.parametrize("remat, forward_passes", [("none", 1), ("full", 2)])
+    def test_products_of_a_step(self, devices, remat, forward_passes):
+        """Those of the model by its formula; the reference's attention computes full squares."""
+        cfg = small_run(remat=remat, attention="reference", compute_dtype="float32")
+        cfg = dataclasses.replace(cfg, mesh=MeshConfig(1, 1, devices, 1, 1))
+        topology = dataclasses.replace(eight_devices(), devices=jax.devices()[:devices])
+        program = compile_step(cfg, topology)
+        tokens, model = program.tokens, cfg.model
+        once = flops_per_token(model, ROW) + 6 * model.num_layers * ROW * model.d_model
+        again = (once - 6 * model.vocab_size * model.d_model) / 3
+        again -= 2 * model.num_layers * model.d_model * model.d_ff  # no gradient needs `down`
+        expected = tokens * (once + (forward_passes - 1) * again)
+        assert program.attention == 0
+        assert program.products == pytest.approx(expected, rel=1e-3)
+
+    def test_an_unknown_kernel_is_not_passed_over(self):
+        from jax.experimental import pallas
+
+        def kernel(x_ref, out_ref):
+            out_ref[...] = x_ref[...]
+
+        shape = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+        call = pallas.pallas_call(kernel, out_shape=shape, interpret=True)
+        with pytest.raises(ValueError, match="not known"):
+            flops.count(jax.make_jaxpr(call)(jnp.ones(shape.shape)))
+
+
+class TestChecks:
+    def test_the_step_is_clean(self):
+        """But for what XLA does on CPUs: there it sums the gradients of layers whole."""
+        problems = checks.all_problems(planned())
+        of_layers = [x for x in problems if "all-reduce of a whole weight" in x]
+        assert problems == of_layers and not any("[1024, 256]" in x for x in of_layers)
+
+    def test_a_gradient_that_every_device_gets_whole(self, monkeypatch):
+        def sum_and_slice(x, *, over, into, dimension):
+            del into
+            size = x.shape[dimension] // 8
+            start = jax.lax.axis_index("fsdp") * size
+            whole = jax.lax.optimization_barrier(sharding.sum_over(x, *over))
+            return jax.lax.dynamic_slice_in_dim(whole, start, size, dimension)
+
+        monkeypatch.setattr(losses, "scatter_sum", sum_and_slice)
+        problems = checks.reduced_weights(compile_step(small_run(), eight_devices()))
+        assert any("all-reduce of a whole weight f32[1024, 256]" in x for x in problems)
+
+    def test_a_head_gathered_before_it_is_cast(self, monkeypatch):
+        real = losses.by_shard
+
+        def gather_first(fn, in_axes, out_axes):
+            def casts_inside(hidden, head, *rest):
+                return fn(hidden, head.astype(hidden.dtype), *rest)
+
+            run = real(casts_inside, in_axes, out_axes)
+            return lambda hidden, head, *rest: run(hidden, head.astype(jnp.float32), *rest)
+
+        monkeypatch.setattr(losses, "by_shard", gather_first)
+        monkeypatch.setattr(losses, "constrain", lambda x, *axes: x)
+        problems = checks.gathered_weights(compile_step(small_run(), eight_devices()))
+        assert problems and "gathered as f32, not bf16" in problems[0]
+
+    def test_a_state_that_is_not_donated(self, monkeypatch):
+        def keeps_the_old_state(stage, num_microbatches):
+            return jax.jit(step.make_train_step(stage, num_microbatches))
+
+        monkeypatch.setattr("qwen_jax.plan.program.jit_train_step", keeps_the_old_state)
+        (problem,) = checks.donation(compile_step(small_run(), eight_devices()))
+        assert "do not take the memory of the donated state" in problem
+
+    def test_logits_of_all_positions(self, monkeypatch):
+        real = losses._score_chunks
+
+        def in_one_piece(hidden_BLD, *rest, chunk, with_grad):
+            return real(hidden_BLD, *rest, chunk=hidden_BLD.shape[1], with_grad=with_grad)
+
+        monkeypatch.setattr(losses, "_score_chunks", in_one_piece)
+        problems = checks.logits(compile_step(small_run(), eight_devices()))
+        assert problems and "more than the 32 positions" in problems[0]
+
+    def test_an_attention_kernel_that_runs_twice(self):
+        """Read off a text, for no such kernel compiles for a CPU."""
+        line = '  %splash_mha_fwd.{} = f32[8]{{0}} custom-call(%p), custom_call_target="tpu"\n'
+        head = "ENTRY %main (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n"
+        cfg = small_run(attention="splash", num_layers=1, remat="save_matmuls")
+        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, num_microbatches=1))
+        for times, clean in ((1, True), (2, False)):
+            text = head + "".join(line.format(n) for n in range(times)) + "}\n"
+            program = dataclasses.replace(planned(), config=cfg, module=hlo.parse(text))
+            assert (checks.attention_runs(program) == []) == clean
+
+    def test_residuals_are_what_saves_the_second_run(self, monkeypatch):
+        """Without them the backward pass computes the attention's products once more."""
+        cfg = small_run(remat="save_matmuls")
+        kept = compile_step(cfg, eight_devices()).products
+        monkeypatch.setattr(transformer, "RESIDUALS", "another name")
+        assert compile_step(cfg, eight_devices()).products > 1.005 * kept
+
+
+class TestTiming:
+    def test_resources_of_a_step(self):
+        found = timing.estimate(planned())
+        assert found.step == max(found.core, found.links, found.network)
+        assert found.network == 0 and found.links > 0 and found.memory > 0
+        slow = dataclasses.replace(planned(), topology=eight_devices(_slow(link=1e3)))
+        assert timing.estimate(slow).bound == "links"
+        assert timing.estimate(slow).links == pytest.approx(found.links * 1e6)
+
+    def test_another_node_is_reached_over_the_network(self):
+        class TwoNodes(Topology):
+            def slice_of(self, device):
+                return device.id // 4
+
+        spread = dataclasses.replace(
+            planned(), topology=TwoNodes("two", ROOMY, jax.devices()[:8], 1)
+        )
+        found = timing.estimate(spread)
+        assert found.network > found.links
+
+    def test_traffic_of_slices(self):
+        """A loop that reads one row at a time moves the array once, not once a turn."""
+
+        def one_row_at_a_time(x):
+            return jax.lax.scan(lambda total, row: (jnp.tanh(total + row), None), x[0], x)[0]
+
+        module = compiled(one_row_at_a_time, (512, 4096))
+        array = 512 * 4096 * 4
+        assert array < timing.traffic(module) < 6 * array
+
+
+def _slow(**changes) -> Chip:
+    return dataclasses.replace(ROOMY, **changes)
+
+
+class TestMemory:
+    def test_the_state_alone_is_too_large(self):
+        cramped = eight_devices(_slow(memory=10_000))
+        with pytest.raises(DoesNotFit, match="parameters, moments and gradients take") as error:
+            compile_step(small_run(), cramped)
+        said = search.advice(small_run(), cramped, error.value)
+        assert "must be spread" in said and "v5e" in said
+
+    def test_the_activations_are_too_large(self, monkeypatch):
+        said = (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.91G of 15.75G hbm"
+        )
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(said)
+
+        monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+        cfg = small_run(remat="none")
+        with pytest.raises(DoesNotFit, match=r"needs 33.91 GiB .* has 8.00 GiB") as error:
+            compile_step(cfg, eight_devices())
+        assert error.value.needed == 33.91 * 2**30
+        said = search.advice(cfg, eight_devices(), error.value)
+        assert "--config.train.num_microbatches=" in said and "--config.model.remat=" in said
+
+    def test_another_fault_of_the_compiler_is_not_hidden(self, monkeypatch):
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+        monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+            compile_step(small_run(), eight_devices())
+
+    def test_state_bytes(self):
+        cfg = small_run()
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(cfg.model)))
+        state, gradients = state_bytes(cfg, planned().mesh)
+        assert gradients == pytest.approx(4 * count / 8, rel=0.02)
+        assert state == pytest.approx(12 * count / 8, rel=0.02)
+
+
+class TestSearch:
+    def test_it_is_never_worse_than_what_was_given(self):
+        said = []
+        cfg = small_run()
+        best = search.best_setting(cfg, eight_devices(), 3, said.append)
+        assert best is not None and len(said) == 3
+        program, found = best
+        assert found.step <= timing.estimate(planned()).step
+        assert f"{found.step:.2f}" in " ".join(said)
+
+    def test_no_setting_fits(self):
+        assert search.best_setting(small_run(), eight_devices(_slow(memory=1)), 2, print) is None
+
+    def test_guesses_follow_what_is_kept(self):
+        mesh = planned().mesh
+        sizes = {
+            policy: search.guess(small_run(remat=policy), eight_devices(), mesh).num_bytes
+            for policy in ("none", "save_matmuls", "save_attention", "full")
+        }
+        assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+
+
+class TestReport:
+    def test_figures_and_page(self):
+        program = planned()
+        found = timing.estimate(program)
+        figures = report.as_dict(program, found, price=2.0)
+        assert figures["devices"] == 8 and figures["mesh"] == {"fsdp": 8}
+        assert figures["days"] == pytest.approx(400 * found.step / 86_400)
+        assert figures["cost"] == pytest.approx(figures["days"] * 24 * 8 * 2.0)
+        share = program.model_flops / (found.step * 8 * 1e12)
+        assert figures["mfu"] == pytest.approx(share)
+        page = report.as_text(figures)
+        assert "all-gather" in page and "MFU" in page and "cost" in page
+
+    def test_overrides_to_paste(self):
+        base = small_run()
+        other = dataclasses.replace(
+            base,
+            mesh=dataclasses.replace(base.mesh, fsdp=4, tensor=2),
+            model=dataclasses.replace(base.model, remat="none"),
+        )
+        expected = "--config.mesh.fsdp=4 --config.mesh.tensor=2 --config.model.remat=none"
+        assert report.overrides(other, base) == expected
+        assert report.overrides(base, base) == ""
+
+
+class TestCommand:
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ([], "--topology is missing"),
+            (["--topology=v9:2x2"], "chips: v4, v5e, v5p"),
+            (["--topology=v5p:2x4x4x4"], "has 3 dimensions"),
+            (["--topology=h100:3x5"], "at most 8 GPUs a node"),
+            (["--topology=h100:8", "--slices=2"], "nodes of GPUs"),
+            (["--topology=v5e:2x2", "--slices=0"], "--slices=0"),
+            (["--topology=v5e:2x2", "--config.mesh.fdsp=2"], "did you mean"),
+        ],
+    )
+    def test_mistakes(self, arguments, message, capsys):
+        assert main(["plan", "--config=configs/tiny.py", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+    def test_every_chip_has_figures(self):
+        for chip in CHIPS.values():
+            assert min(chip.peak_flops, chip.memory, chip.memory_bandwidth, chip.link) > 0
+            assert chip.platform == "gpu" or (chip.torus and chip.wraps)
+
+    def test_without_a_compiler(self):
+        from importlib.util import find_spec
+
+        if find_spec("libtpu") or find_spec("jax_cuda13_plugin"):
+            pytest.skip("the compilers are installed")
+        for name in ("v5e:2x2", "h100:8"):
+            with pytest.raises(ValueError, match="make plan-env"):
+                find_topology(name)
