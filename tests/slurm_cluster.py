@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from processes import free_port
+from tiny import ROOT
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
 # The nodes are named by addresses of the loopback network, which resolve everywhere.
@@ -77,11 +78,18 @@ class Cluster:
         self.run("munged", "--force", *(f"--{k}={folder}/{v}" for k, v in places.items()))
         self.run("slurmctld", "-c")
         for node in ("127.0.0.1", "127.0.0.2"):
-            self.run("slurmd", "-N", node)
+            self.start_node(node)
         deadline = time.monotonic() + 60
         while self.run("sinfo", "--noheader", "--format=%D %t").strip() != "2 idle":
             assert time.monotonic() < deadline, (folder / "slurmctld.log").read_text()
             time.sleep(0.5)
+
+    def start_node(self, node: str) -> None:
+        self.run("slurmd", "-N", node)
+
+    def lose_node(self, node: str) -> None:
+        """Ends a node without a word."""
+        os.kill(int((self.folder / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
 
     def stop(self) -> None:
         """Ends the daemons, by their own records of who they are."""
@@ -93,6 +101,7 @@ class Cluster:
         """The output of a command that must succeed."""
         done = subprocess.run(
             command,
+            cwd=ROOT,
             env=self.environment | variables,
             check=False,
             capture_output=True,

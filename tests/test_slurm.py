@@ -6,7 +6,6 @@ import time
 
 import pytest
 import slurm_cluster
-from tiny import ROOT
 from train_runs import arguments, assert_same_state, losses, write_corpus
 
 STEPS = 800
@@ -38,9 +37,8 @@ def submit(cluster, corpus, tmp_path):
         train = arguments(corpus, tmp_path / name, *settings)[1:]
         return cluster.run(
             "sbatch", "--parsable", "--nodes=2", f"--output={tmp_path}/{name}.log",
-            f"--chdir={ROOT}", str(ROOT / "launch/slurm.sbatch"), *train,
+            "launch/slurm.sbatch", *train,
             PYTHON=sys.executable, JAX_PLATFORMS="cpu", XLA_FLAGS="", PYTHONUNBUFFERED="1",
-            SLURM_SUBMIT_DIR=str(ROOT), PWD=str(ROOT),
         ).strip()  # fmt: skip
 
     return submit
@@ -88,10 +86,9 @@ def test_requeued_twice_it_ends_like_an_uninterrupted_run(cluster, submit, tmp_p
     assert_same_state(tmp_path / "whole", tmp_path / "requeued")
 
 
-@pytest.mark.parametrize("setting, code", [("--config.no_such=1", 2), ("--config.model.d_ff=x", 2)])
-def test_a_wrong_setting_is_final(cluster, submit, tmp_path, setting, code):
-    number = submit("wrong", setting)
-    cluster.wait_for(number, JobState="FAILED", ExitCode=f"{code}:0", Restarts="0")
+def test_a_wrong_setting_is_final(cluster, submit, tmp_path):
+    number = submit("wrong", "--config.no_such=1")
+    cluster.wait_for(number, JobState="FAILED", ExitCode="2:0", Restarts="0")
     assert "error: " in (tmp_path / "wrong.log").read_text()
 
 
@@ -101,3 +98,15 @@ def test_cancelled_it_saves_and_stays_cancelled(cluster, submit, tmp_path):
     cluster.run("scancel", number)
     cluster.wait_for(number, JobState="CANCELLED", Restarts="0")
     wait_for_line(log, r"preempted at step \d+: saved")
+
+
+def test_a_lost_node_is_requeued_by_slurm(cluster, submit, tmp_path):
+    steps = ("--config.train.steps=100000", "--config.checkpoint.every_steps=5")
+    number, log = submit("lost", *steps), tmp_path / "lost.log"
+    wait_for_line(log, "saved step 10 ")
+    cluster.lose_node("127.0.0.2")
+    cluster.wait_for(number, JobState="PENDING", Restarts="1")
+    cluster.start_node("127.0.0.2")
+    cluster.start_now(number)
+    assert int(wait_for_line(log, r"resuming from step (\d+)\n")[1]) >= 10
+    cluster.run("scancel", number)
