@@ -36,6 +36,9 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "norm": None,
     "layers": None,
     "microbatch": None,
+    # On the way between whole tokens and whole rows of the embedding; see `exchange_width`.
+    "batch_of_replica": ("dcn", "data"),
+    "embed_of_batch": "fsdp",
 }
 
 
@@ -165,6 +168,24 @@ def unsharded() -> bool:
     """Whether no mesh is in use, or one of a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or math.prod(mesh.shape.values()) == 1
+
+
+def exchange_width(x_BLD: jax.Array, *, back: bool = False) -> jax.Array:
+    """From all positions with a shard of the width each, as a parameter lies, to whole positions.
+
+    back: the other way. One mesh axis after the other: XLA has an all-to-all for each, and for both
+    at once none; it would give every device everything.
+    """
+    if num_shards("length") == 1:
+        return x_BLD
+    layouts = [
+        ("batch_of_replica", None, "embed"),
+        ("batch_of_replica", "length", "embed_of_batch"),
+        ("batch", "length", "act_embed"),
+    ]
+    for axes in reversed(layouts) if back else layouts:
+        x_BLD = constrain(x_BLD, *axes)
+    return x_BLD
 
 
 def num_shards(axis: str, mesh: Mesh | None = None) -> int:
