@@ -77,14 +77,15 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = resolve_mesh_sizes(cfg, len(devices))
     shape = tuple(sizes[axis] for axis in MESH_AXES)
+    # An axis may be shorter than a side of the torus: half a ring is better than no mesh.
+    split = {"devices": devices, "allow_split_physical_axes": True}
     if devices[0].platform == "cpu":
         grid = np.asarray(devices).reshape(shape)
     elif sizes["dcn"] > 1:
-        grid = mesh_utils.create_hybrid_device_mesh(
-            (1, *shape[1:]), (sizes["dcn"], *(1,) * (len(shape) - 1)), devices=devices
-        )
+        slices = (sizes["dcn"], *(1,) * (len(shape) - 1))
+        grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), slices, **split)
     else:
-        grid = mesh_utils.create_device_mesh(shape, devices=devices)
+        grid = mesh_utils.create_device_mesh(shape, **split)
     # Explicit axes (the default of `jax.make_mesh`) do not work with constraints by name.
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
