@@ -36,6 +36,9 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "norm": None,
     "layers": None,
     "microbatch": None,
+    # On the way between whole tokens and whole rows of the embedding; see `exchange_width`.
+    "batch_of_replica": ("dcn", "data"),
+    "embed_of_batch": "fsdp",
 }
 
 
@@ -74,14 +77,15 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = resolve_mesh_sizes(cfg, len(devices))
     shape = tuple(sizes[axis] for axis in MESH_AXES)
+    # An axis may be shorter than a side of the torus: half a ring is better than no mesh.
+    split = {"devices": devices, "allow_split_physical_axes": True}
     if devices[0].platform == "cpu":
         grid = np.asarray(devices).reshape(shape)
     elif sizes["dcn"] > 1:
-        grid = mesh_utils.create_hybrid_device_mesh(
-            (1, *shape[1:]), (sizes["dcn"], *(1,) * (len(shape) - 1)), devices=devices
-        )
+        slices = (sizes["dcn"], *(1,) * (len(shape) - 1))
+        grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), slices, **split)
     else:
-        grid = mesh_utils.create_device_mesh(shape, devices=devices)
+        grid = mesh_utils.create_device_mesh(shape, **split)
     # Explicit axes (the default of `jax.make_mesh`) do not work with constraints by name.
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -165,6 +169,24 @@ def unsharded() -> bool:
     """Whether no mesh is in use, or one of a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or math.prod(mesh.shape.values()) == 1
+
+
+def exchange_width(x_BLD: jax.Array, *, back: bool = False) -> jax.Array:
+    """From all positions with a shard of the width each, as a parameter lies, to whole positions.
+
+    back: the other way. One mesh axis after the other: XLA has an all-to-all for each, and for both
+    at once none; it would give every device everything.
+    """
+    if num_shards("length") == 1:
+        return x_BLD
+    layouts = [
+        ("batch_of_replica", None, "embed"),
+        ("batch_of_replica", "length", "embed_of_batch"),
+        ("batch", "length", "act_embed"),
+    ]
+    for axes in reversed(layouts) if back else layouts:
+        x_BLD = constrain(x_BLD, *axes)
+    return x_BLD
 
 
 def num_shards(axis: str, mesh: Mesh | None = None) -> int:

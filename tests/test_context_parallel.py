@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from types import SimpleNamespace
 
 import jax
@@ -25,7 +26,8 @@ from qwen_jax.data.batch import SEGMENTED_FIELDS, DeviceBatches, process_placeme
 from qwen_jax.model import attention, kernels
 from qwen_jax.model.attention import attend, training_visibility
 from qwen_jax.model.kernels import balanced_order, choose_backend
-from qwen_jax.sharding import by_shard, make_mesh, spec_of, use_mesh
+from qwen_jax.model.transformer import embed
+from qwen_jax.sharding import by_shard, constrain, make_mesh, spec_of, use_mesh
 from qwen_jax.stages.pretrain import SAMPLING, continue_ids, loss_fn
 from qwen_jax.trainer.state import create_state
 
@@ -174,6 +176,22 @@ def test_parameters_are_spread_over_the_context_too():
     assert query.sharding.shard_shape(query.shape) == (2, 32 // 4, 32 // 2)
 
 
+def test_embeddings_are_exchanged_and_not_gathered():
+    """Each device gets its own positions at full width, never those of the whole batch."""
+    table, tokens = jnp.zeros((64, 32)), jnp.zeros((ROWS, LENGTH), jnp.int32)
+
+    def loss(table, tokens):
+        x_BLD = constrain(embed(table, tokens, "float32"), "batch", "length", "act_embed")
+        return jnp.sum(jnp.square(x_BLD))
+
+    with use_mesh(mesh_of(8, fsdp=2, context=4)):
+        placed = (jax.device_put(table, spec_of(("vocab", "embed"))),)
+        placed += (jax.device_put(tokens, spec_of(("batch", "length"))),)
+        text = jax.jit(jax.grad(loss)).lower(*placed).compile().as_text()
+    assert re.search(r"= s32\S* all-gather", text), "the tokens are"
+    assert not re.search(r"= \(?f32\S* all-gather", text)
+
+
 @pytest.mark.slow
 def test_evaluation_and_sampling_on_split_rows():
     """Held-out rows are split, prompts of any length are not; both give what one device gives."""
@@ -231,6 +249,8 @@ class FakeDevice:
     platform: str = "other"
     device_kind: str = "other"
     process_index: int = 0
+    coords: tuple[int, ...] = ()
+    core_on_chip: int = 0
 
 
 def test_slices_lie_along_dcn():
@@ -242,3 +262,14 @@ def test_slices_lie_along_dcn():
         assert len({device.slice_index for device in mesh.devices[place].flat}) == 1
     assert spec_of(("batch",))[0][0] == mesh.axis_names[0]
     assert mesh.axis_names[0] not in str(spec_of(("embed", "vocab", "length")))
+
+
+def test_an_axis_may_be_shorter_than_a_side_of_the_torus():
+    """Two neighbours of a 4 x 4 slice as one place of `fsdp`, which is refused by default."""
+    devices = [
+        FakeDevice(number, 0, "tpu", "TPU v5 lite", 0, (number % 4, number // 4, 0))
+        for number in range(16)
+    ]
+    mesh = make_mesh(MeshConfig(dcn=1, data=1, fsdp=-1, context=1, tensor=2), devices)
+    left, right = mesh.devices[0, 0, 0, 0]
+    assert sum(abs(a - b) for a, b in zip(left.coords, right.coords)) == 1

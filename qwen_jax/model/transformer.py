@@ -31,7 +31,7 @@ from qwen_jax.model.layers import (
     swiglu,
 )
 from qwen_jax.model.rope import apply_rope, rope_tables
-from qwen_jax.sharding import constrain
+from qwen_jax.sharding import constrain, exchange_width
 
 # What the backward pass finds of a layer, and whether on the device or in the host's memory.
 _SAVED_NAMES = {
@@ -233,7 +233,7 @@ def embed(table_VD: jax.Array, tokens_BL: jax.Array, dtype: str) -> jax.Array:
     A batch holds its commonest token thousands of times; a bfloat16 sum of so many gradients stops
     growing after a few hundred.
     """
-    return table_VD.astype(dtype)[tokens_BL]
+    return exchange_width(table_VD.astype(dtype)[tokens_BL])
 
 
 def _embed_forward(table_VD, tokens_BL, dtype):
@@ -243,7 +243,8 @@ def _embed_forward(table_VD, tokens_BL, dtype):
 def _embed_backward(dtype, saved, g_BLD):
     del dtype
     table_VD, tokens_BL = saved
-    grad_VD = jnp.zeros(table_VD.shape, jnp.float32).at[tokens_BL].add(g_BLD.astype(jnp.float32))
+    g_BLD = exchange_width(g_BLD, back=True).astype(jnp.float32)
+    grad_VD = jnp.zeros(table_VD.shape, jnp.float32).at[tokens_BL].add(g_BLD)
     grad_VD = constrain(grad_VD, "vocab", "embed").astype(table_VD.dtype)
     return grad_VD, np.zeros(tokens_BL.shape, jax.dtypes.float0)
 
