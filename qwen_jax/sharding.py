@@ -245,23 +245,29 @@ def max_over(x: jax.Array, *axes: str) -> jax.Array:
 def scatter_sum(x: jax.Array, *, over: tuple[str, ...], into: str, dimension: int) -> jax.Array:
     """Inside `by_shard`: as `sum_over` with each device keeping its shard of a logical axis only.
 
-    into: the axis of `dimension`. What is both summed over and split costs one reduce-scatter.
+    into: the axis of `dimension`, which is not the first. What is both summed over and split costs
+    one reduce-scatter. It goes along the first dimension, and the shards change dimensions
+    afterwards: scatters along a later one become all-reduces on TPUs (libtpu 0.0.42).
     """
     if unsharded():
         return x
     sizes = jax.sharding.get_abstract_mesh().shape
-    split = [name for name in _names_of((into,)) if sizes[name] > 1]
+    split = tuple(name for name in _names_of((into,)) if sizes[name] > 1)
     rest = tuple(name for name in _names_of(over) if name not in split)
-    x = jnp.moveaxis(x, dimension, 0)
+    length, parts = x.shape[0], math.prod(sizes[name] for name in split)
+    x = jnp.pad(x, [(0, -length % parts)] + [(0, 0)] * (x.ndim - 1))
     for name in split:
         for groups in _levels(sizes[name], math.prod(sizes.values())):
             x = jax.lax.psum_scatter(
                 x, name, scatter_dimension=0, tiled=True, axis_index_groups=groups
             )
-    x = jnp.moveaxis(jax.lax.psum(x, rest) if rest else x, 0, dimension)
+    if rest:
+        x = jax.lax.psum(x, rest)
+    if split:
+        x = jax.lax.all_to_all(x, split, split_axis=dimension, concat_axis=0, tiled=True)
     # Without a barrier XLA moves the sum behind the loop over microbatches, as one all-reduce of
     # what each device would then hold whole during the loop.
-    return jax.lax.optimization_barrier(x)
+    return jax.lax.optimization_barrier(x[:length])
 
 
 def _levels(size: int, num_devices: int) -> list[list[list[int]] | None]:
