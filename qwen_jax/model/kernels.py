@@ -193,15 +193,15 @@ def _splash_kernel(length: int, window: int | None, dtype, context: int, interpr
     else:
         mask = pallas.LocalMask((length, length), (window - 1, 0), offset=0)
     mask.q_sequence = balanced_order(length, context)
-    block = block_size(length // _num_pieces(context), dtype)
-    fused = length // block <= MAX_FUSED_BLOCKS
+    queries, keys = block_size(length // _num_pieces(context), dtype), block_size(length, dtype)
+    fused = length // keys <= MAX_FUSED_BLOCKS
     sizes = pallas.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=None if fused else block,
-        block_kv_dq=None if fused else block,
+        block_q=queries,
+        block_kv=keys,
+        block_q_dkv=queries,
+        block_kv_dkv=keys,
+        block_q_dq=None if fused else queries,
+        block_kv_dq=None if fused else keys,
         use_fused_bwd_kernel=fused,
     )
     # One mask for all heads; the kernel lets query heads share key heads.
