@@ -63,7 +63,9 @@ else
 fi
 delete=("${resources[@]}" delete "$name" "--zone=$zone" --force --quiet)
 # All hosts at once: with the default of 64 at a time the first 64 would wait for the rest for ever.
-ssh=("${resources[@]}" ssh "$name" "--zone=$zone" --node=all --worker=all --batch-size=all)
+# A host that is gone closes no connection: ssh has to ask.
+ssh=("${resources[@]}" ssh "$name" "--zone=$zone" --node=all --worker=all --batch-size=all
+  --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oConnectTimeout=30)
 
 if [ "$dry_run" -eq 1 ]; then
   show() { printf '# %s\n' "$1" && shift && printf '%q ' "$@" && echo; }

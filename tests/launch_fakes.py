@@ -9,7 +9,8 @@ from tiny import ROOT
 # A call is recorded as a shell would write it; what it answers is a snippet of bash.
 FAKE = """#!/bin/bash
 name=${0##*/} calls=@calls
-{ printf '%q ' "$name" "$@"; echo; } >>"$calls"
+line=$(printf '%q ' "$name" "$@")
+printf '%s\n' "$line" >>"$calls"  # one write: several may call at once
 @answer
 """
 # The hosts of a queued resource: the remote command runs here, in a home folder for each host.

@@ -1,6 +1,7 @@
 """A Slurm of two nodes on this machine, for tests: real daemons, their files in one folder."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,7 +12,17 @@ from pathlib import Path
 from processes import free_port
 from tiny import ROOT
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
+PROGRAMS = (
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "scancel",
+    "sinfo",
+    "squeue",
+)
 # The nodes are named by addresses of the loopback network, which resolve everywhere.
 CONFIG = """
 ClusterName=local
@@ -88,12 +99,29 @@ class Cluster:
         self.run("slurmd", "-N", node)
 
     def lose_node(self, node: str) -> None:
-        """Ends a node without a word."""
-        os.kill(int((self.folder / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
+        """Ends a node without a word: its daemon, and the tasks with what watches over them."""
+        doomed = [int((self.folder / f"slurmd.{node}.pid").read_text())]
+        signs = {f"SLURM_CONF={self.folder}/slurm.conf", f"SLURMD_NODENAME={node}"}
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                variables = set((process / "environ").read_text(errors="replace").split("\0"))
+                parent = re.search(r"PPid:\t(\d+)", (process / "status").read_text())[1]
+                watcher = (Path("/proc") / parent / "comm").read_text()
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue  # it ended while we looked, or is none of ours
+            if signs <= variables and watcher.startswith("slurmstepd"):
+                doomed += [int(parent), int(process.name)]
+        assert len(doomed) >= 3, "no task runs on this node"
+        for number in doomed:
+            os.kill(number, signal.SIGKILL)
 
     def stop(self) -> None:
         """Ends the daemons, by their own records of who they are."""
         self.run("scancel", "--user=root")
+        deadline = time.monotonic() + 60
+        while self.run("squeue", "--noheader"):  # jobs outlive their daemons
+            assert time.monotonic() < deadline, self.run("squeue")
+            time.sleep(0.5)
         for file in sorted(self.folder.glob("*.pid"), reverse=True):  # slurmd first, munged last
             os.kill(int(file.read_text()), signal.SIGTERM)
 
