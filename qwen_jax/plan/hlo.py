@@ -278,8 +278,9 @@ def _increment(body: dict[str, Instruction], index: int) -> int | None:
 class Collective:
     """What devices tell each other, once: `sent` bytes leave each device of a group.
 
-    group: numbers of the devices of one group in the order of the mesh. runs: times in a step.
-    arrays: the largest form of the data, before a scatter or after a gather.
+    group: numbers of the devices of one group in the order of the mesh; empty between slices, where
+    the hosts exchange. runs: times in a step. arrays: the largest form of the data, before a
+    scatter or after a gather.
     """
 
     kind: str
@@ -296,6 +297,8 @@ def collectives(module: Module) -> list[Collective]:
     going_on = _continuations(module)
     for instruction, where, runs in module.everything():
         kind = instruction.opcode.removesuffix("-start")
+        if kind == "send" and (between := _between_slices(instruction, runs)):
+            found.append(between)
         if kind not in COLLECTIVES or where in going_on:
             continue
         block = module.computations[where]
@@ -316,6 +319,20 @@ def collectives(module: Module) -> list[Collective]:
             name = instruction.op_name
             found.append(Collective(kind, tuple(largest), group, sent, runs, name))
     return found
+
+
+def _between_slices(send: Instruction, runs: float) -> Collective | None:
+    """An exchange of slices of TPUs: the hosts make it of what each device sends them."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.rest)
+    if not kind:
+        return None
+    slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', send.rest)
+    count = len(slices[1].split(",")) if slices else 2
+    name = kind[1].lower().replace("_", "-")
+    data = send.arrays[:1]
+    share = (count - 1) / count
+    sent = (2 * share if name == "all-reduce" else share) * data[0].num_bytes
+    return Collective(name, data, (), sent, runs, send.op_name)
 
 
 def _continuations(module: Module) -> set[str]:

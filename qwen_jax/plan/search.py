@@ -12,7 +12,7 @@ import jax
 
 from qwen_jax import sharding
 from qwen_jax.config import REMAT_POLICIES, Config, MeshConfig
-from qwen_jax.plan.hardware import CHIPS, Topology
+from qwen_jax.plan.hardware import CHIPS, GPUS_PER_NODE, Topology
 from qwen_jax.plan.program import DoesNotFit, Program, compile_step, state_bytes
 from qwen_jax.plan.timing import Estimate, estimate
 from qwen_jax.train import check_mesh
@@ -137,11 +137,10 @@ def _mesh_configs(cfg: Config, topology: Topology) -> Iterator[MeshConfig]:
     """
     context = sharding.num_shards("length", _mesh(cfg, topology))
     within = len(topology.devices) // topology.slices // context
-    nodes = len({topology.slice_of(device) for device in topology.devices}) // topology.slices
     for tensor in _powers_of_two(math.gcd(cfg.model.num_kv_heads, within)):
-        for data in sorted({1, nodes}):  # shards of parameters over all nodes, or within each
-            if within % (data * tensor) == 0:
-                fsdp = within // (data * tensor)
+        for data in _powers_of_two(within // tensor):
+            fsdp = within // (data * tensor)
+            if fsdp >= min(8, within // tensor):
                 yield MeshConfig(topology.slices, data, fsdp, context, tensor)
 
 
@@ -166,10 +165,15 @@ def guess(cfg: Config, topology: Topology, mesh: jax.sharding.Mesh) -> Guess:
     core = flops / tensor / (chip.peak_flops * chip.matmul)
     links = 0.0
     if spread > 1:
-        # Gathered for the forward and for the backward pass, scattered once.
-        links += 3 * 2 * weights / tensor / _bandwidth(topology)
+        # Gathered for the forward and for the backward pass, scattered once. Replicas add up the
+        # shards they have in common.
+        shards = sharding.num_shards("embed", mesh)
+        links += 3 * 2 * weights / tensor / _bandwidth(topology, shards * tensor)
+        if spread > shards:
+            links += 2 * 2 * weights / tensor / shards / _bandwidth(topology, mesh.size)
     if tensor > 1:
-        links += 4 * 2 * 2 * tokens * model.d_model * model.num_layers / _bandwidth(topology)
+        moved = 4 * 2 * 2 * tokens * model.d_model * model.num_layers
+        links += moved / _bandwidth(topology, tensor)
     secs = max(core, links) * cfg.train.num_microbatches
     kept = _kept(cfg, tensor) * model.num_layers * tokens
     inside = 2 * tokens * (12 * model.d_model + (6 * heads + 6 * model.d_ff) / tensor)
@@ -203,10 +207,10 @@ def _kept(cfg: Config, tensor: int) -> float:
     )
 
 
-def _bandwidth(topology: Topology) -> float:
-    """Bytes/s that a device exchanges with all others of its slice or node."""
+def _bandwidth(topology: Topology, members: int) -> float:
+    """Bytes/s of one device in an exchange with so many neighbours."""
     chip = topology.chip
     if chip.platform == "gpu":
-        many = len({topology.slice_of(device) for device in topology.devices}) > 1
-        return chip.network if many else chip.link
-    return chip.link * chip.torus
+        return chip.link if members <= GPUS_PER_NODE else chip.network
+    within = len(topology.devices) // topology.slices
+    return chip.link * chip.torus if members <= within else chip.network

@@ -91,7 +91,7 @@ def _exchanges(program: Program) -> tuple[Exchange, ...]:
 def _speed(topology: Topology, members: list, kind: str) -> tuple[str, float]:
     """Over which kind of link a group exchanges, and the bytes/s that a device sends there."""
     chip = topology.chip
-    if len({topology.slice_of(device) for device in members}) > 1:
+    if not members or len({topology.slice_of(device) for device in members}) > 1:
         return "network", chip.network
     if chip.platform == "gpu":
         return "links", chip.link

@@ -1,0 +1,148 @@
+"""Every shipped pair of preset and hardware, compiled; and each check failing where it should.
+
+Needs the compilers for TPUs and GPUs: `make test-plan`. Skipped where they are not installed.
+"""
+
+import dataclasses
+import importlib.util
+
+import jax
+import pytest
+
+from qwen_jax import losses, sharding
+from qwen_jax.model import transformer
+from qwen_jax.plan import checks, search, timing
+from qwen_jax.plan.__main__ import main, parse_flags, read
+from qwen_jax.plan.program import compile_step
+from qwen_jax.plan.shipped import SHIPPED, arguments
+from qwen_jax.trainer import step
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(
+        not (importlib.util.find_spec("libtpu") and importlib.util.find_spec("jax_cuda13_plugin")),
+        reason="needs libtpu and the CUDA plugin: make test-plan",
+    ),
+]
+
+# A model of four layers whose weights are larger than its batches, in seconds.
+SMALL = (
+    "--config.model.num_layers=4", "--config.model.d_model=1024", "--config.model.num_heads=8",
+    "--config.model.num_kv_heads=8", "--config.model.d_ff=2816", "--config.model.vocab_size=32768",
+    "--config.data.batch_size=16", "--config.data.virtual_shards=16",
+    "--config.data.seq_len=1024", "--config.train.num_microbatches=2",
+)  # fmt: skip
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x2", "h100:8")
+
+
+def run_on(topology: str, *more: str):
+    return read(parse_flags(["plan", "--config=configs/7b.py", f"--topology={topology}", *more]))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_pair(name):
+    """It fits (or this raises) and its program is clean."""
+    program = compile_step(*read(parse_flags(arguments(name))))
+    assert checks.all_problems(program) == []
+    assert 0.2 < program.model_flops / (
+        timing.estimate(program).step * program.mesh.size * program.topology.chip.peak_flops
+    ) < 0.85  # fmt: skip
+
+
+def test_7b_on_one_v5e_fails_at_once_with_advice(capsys):
+    command = ["plan", "--config=configs/7b.py", "--topology=v5e:1x1"]
+    assert main(command) == 3
+    said = capsys.readouterr().err
+    assert "115.06 GiB on each device, which has 15.75 GiB" in said
+    assert "about 10 v5e would hold" in said
+
+
+def test_a_step_too_large_for_the_compiler(capsys):
+    command = [
+        "plan",
+        "--config=configs/1_8b.py",
+        "--topology=v5e:2x2",
+        "--config.model.remat=none",
+    ]
+    assert main([*command, "--config.train.num_microbatches=64"]) == 3
+    assert "should fit" in capsys.readouterr().err
+
+
+def test_search_is_at_least_as_good_as_the_preset():
+    cfg, topology = run_on("v5p:2x2x2", *SMALL)
+    given = timing.estimate(compile_step(cfg, topology)).step
+    _, found = search.best_setting(cfg, topology, 3, print)
+    assert found.step <= given
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+class TestNaiveVariants:
+    def test_the_real_step_is_clean(self, topology):
+        assert checks.all_problems(compile_step(*run_on(topology, *SMALL))) == []
+
+    def test_attention_without_saved_residuals(self, topology, monkeypatch):
+        def forgets(block, cfg):
+            names = ("qkv", "attention", "attention_out", "mlp_in")
+            policy = jax.checkpoint_policies.save_only_these_names(*names)
+            return transformer.nn.remat(block, policy=policy, prevent_cse=False)
+
+        monkeypatch.setattr(transformer, "_rematerialised", forgets)
+        problems = checks.attention_runs(compile_step(*run_on(topology, *SMALL)))
+        assert problems and "runs 2 times a layer" in problems[0]
+
+    def test_a_head_gradient_summed_whole(self, topology, monkeypatch):
+        def sum_and_slice(x, *, over, into, dimension):
+            size = x.shape[dimension] // sharding.num_shards(into)
+            start = sharding.shard_index(into) * size
+            whole = jax.lax.optimization_barrier(sharding.sum_over(x, *over))
+            return jax.lax.dynamic_slice_in_dim(whole, start, size, dimension)
+
+        monkeypatch.setattr(losses, "scatter_sum", sum_and_slice)
+        problems = checks.reduced_weights(compile_step(*run_on(topology, *SMALL)))
+        assert any("all-reduce of a whole weight f32" in problem for problem in problems)
+
+    def test_weights_gathered_in_float32(self, topology, monkeypatch):
+        real = losses.by_shard
+
+        def gather_first(fn, in_axes, out_axes):
+            def casts_inside(hidden, head, *rest):
+                return fn(hidden, head.astype(hidden.dtype), *rest)
+
+            run = real(casts_inside, in_axes, out_axes)
+            return lambda hidden, head, *rest: run(hidden, head.astype("float32"), *rest)
+
+        def barrier(x, *axes):
+            return jax.lax.optimization_barrier(x.astype("float32"))
+
+        monkeypatch.setattr(losses, "by_shard", gather_first)
+        monkeypatch.setattr(losses, "constrain", barrier)
+        problems = checks.gathered_weights(compile_step(*run_on(topology, *SMALL)))
+        assert any("gathered as f32" in problem for problem in problems)
+
+    def test_a_state_that_is_not_donated(self, topology, monkeypatch):
+        def keeps_the_old_state(stage, num_microbatches):
+            return jax.jit(step.make_train_step(stage, num_microbatches))
+
+        monkeypatch.setattr("qwen_jax.plan.program.jit_train_step", keeps_the_old_state)
+        (problem,) = checks.donation(compile_step(*run_on(topology, *SMALL)))
+        assert "do not take the memory" in problem
+
+    def test_logits_of_all_positions(self, topology, monkeypatch):
+        real = losses._score_chunks
+
+        def in_one_piece(hidden_BLD, *rest, chunk, with_grad):
+            return real(hidden_BLD, *rest, chunk=hidden_BLD.shape[1], with_grad=with_grad)
+
+        monkeypatch.setattr(losses, "_score_chunks", in_one_piece)
+        assert checks.logits(compile_step(*run_on(topology, *SMALL)))
+
+
+def test_offloaded_activations_lie_on_the_host():
+    cfg, topology = run_on("v5p:2x2x2", *SMALL)
+    on_host = dataclasses.replace(
+        cfg, model=dataclasses.replace(cfg.model, remat="offload_matmuls")
+    )
+    here, there = compile_step(cfg, topology), compile_step(on_host, topology)
+    assert there.memory.host > 0 == here.memory.host
+    assert timing.host_traffic(there.module) > 0 == timing.host_traffic(here.module)
