@@ -17,16 +17,18 @@ from qwen_jax.data.batch import SEGMENTED_FIELDS, STREAM_FIELDS, DeviceBatches
 from qwen_jax.data.formats import PromptFormat
 from qwen_jax.data.pipelines import VirtualShardBatches
 from qwen_jax.evals.in_loop import with_benchmarks
+from qwen_jax.generate.sampling import SamplingConfig
 from qwen_jax.model import scalar
 from qwen_jax.model.adapters import ADAPTERS, BASE, merge
 from qwen_jax.stages import ppo_stage, pretrain, sft
 from qwen_jax.stages import reward as reward_stage
-from qwen_jax.stages.experience import Ends
+from qwen_jax.stages.experience import Ends, draw_answers, make_writer, measure_fn
 from qwen_jax.stages.networks import (
     POLICY,
     REFERENCE,
     REWARD,
     VALUE,
+    Networks,
     networks,
     value_from_reward,
 )
@@ -276,7 +278,33 @@ def _ppo_skeleton(cfg: Config) -> Skeleton:
     loss = ppo_loss_fn(cfg.model, ppo, nets, cfg.model.vocab_size, text_loss)
     tx = make_tx(cfg.optimizer, ppo, cfg.train.steps)
     cost = ppo_stage.batch_cost(cfg.model, ppo, (rows, cfg.data.seq_len))
-    return Skeleton(nets.init, loss, tx, nets.trained, batch, *cost)
+    return Skeleton(nets.init, loss, tx, nets.trained, batch, *cost, _rollout_programs(cfg, nets))
+
+
+def _rollout_programs(cfg: Config, nets: Networks) -> dict[str, tuple[Callable, Any]]:
+    """What PPO computes between its steps. The ids that end an answer change no shape."""
+    model, ppo, ends = cfg.model, cfg.ppo, Ends((0,), 0, 1, 2)
+    answers = ppo.queries * ppo.responses_per_query
+    sampling = SamplingConfig(ppo.temperature, 0, ppo.top_p)
+    parts = answers * cfg.train.num_microbatches // cfg.data.batch_size
+    measure = measure_fn(model, ppo, nets, ends, model.vocab_size, parts)
+    writer = make_writer(model, nets)
+
+    def draw(params, query, key):
+        return draw_answers(
+            writer(params), query, key, cfg=model, ppo=ppo, ends=ends, num_real=model.vocab_size,
+            sampling=sampling,
+        )  # fmt: skip
+
+    query = _shapes((ppo.queries, ppo.prompt_len), ("prompt",), jnp.int32)
+    query |= _shapes((ppo.queries,), ("prompt_len",), jnp.int32)
+    rows = _shapes((answers, ppo.prompt_len + ppo.response_len), ROW_FIELDS, jnp.int32)
+    rows |= _shapes((answers, ppo.response_len), ("mask",), jnp.float32)
+    rows |= _shapes((answers,), ("ended",), jnp.float32)
+    return {
+        "drawing answers": (draw, query),
+        "measuring them": (lambda params, rows, key: measure(params, rows), rows),
+    }
 
 
 STAGES: dict[str, Callable[..., Assembled]] = {

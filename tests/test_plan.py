@@ -110,6 +110,62 @@ class TestHlo:
             sent[scatter] = sum(x.sent for x in hlo.collectives(hlo.parse(text)))
         assert sent[False] == 2 * sent[True] == 2 * 1024 * 8 * 4 * 7 / 8
 
+    def test_exchanges_between_slices_of_tpus(self):
+        """The hosts make them of what each device sends; here between two slices, in a loop."""
+        text = """
+%body (p: (s32[], bf16[64,128])) -> (s32[], bf16[64,128]) {
+  %p = (s32[], bf16[64,128]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%p), index=0
+  %x = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%n, %one)
+  %now = token[] after-all()
+  %send.1 = (bf16[64,128]{1,0}, u32[], token[]) send(%x, %now), channel_id=1, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:255}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %out = (s32[], bf16[64,128]{1,0}) tuple(%next, %x)
+}
+%condition (p.1: (s32[], bf16[64,128])) -> pred[] {
+  %p.1 = (s32[], bf16[64,128]{1,0}) parameter(0)
+  %n.1 = s32[] get-tuple-element(%p.1), index=0
+  %limit = s32[] constant(10)
+  ROOT %less = pred[] compare(%n.1, %limit), direction=LT
+}
+ENTRY %main (x.1: bf16[64,128]) -> (s32[], bf16[64,128]) {
+  %x.1 = bf16[64,128]{1,0} parameter(0)
+  %four = s32[] constant(4)
+  %start = (s32[], bf16[64,128]{1,0}) tuple(%four, %x.1)
+  ROOT %while.1 = (s32[], bf16[64,128]{1,0}) while(%start), condition=%condition, body=%body
+}
+""".replace("\\\n", "")
+        (exchange,) = hlo.collectives(hlo.parse(text))
+        assert exchange.kind == "all-reduce" and exchange.group == ()
+        assert exchange.runs == 6 and exchange.sent == 64 * 128 * 2
+
+    def test_a_gather_spread_over_fusions_counts_once(self):
+        line = "  %gather.{} = bf16[8,128]{{1,0}} all-gather(%q.{}), replica_groups={{{{0,1}}}}\n"
+        parts = []
+        for number, name in enumerate(("start", "async_collective_fusion.1", "last")):
+            parts.append(
+                f"%{name} (q.{number}: bf16[4,128]) -> bf16[8,128] {{\n"
+                f"  %q.{number} = bf16[4,128]{{1,0}} parameter(0)\n"
+                + line.format(number, number).replace("  %", "  ROOT %")
+                + "}\n"
+            )
+        calls = (
+            ("async-collective-start", "start"),
+            ("fusion.1", "async_collective_fusion.1"),
+            ("async-collective-done", "last"),
+        )
+        body = "".join(
+            f"  %{name} = bf16[8,128]{{1,0}} fusion(%x), kind=kCustom, calls=%{called}\n"
+            for name, called in calls
+        )
+        entry = "ENTRY %main (x: bf16[4,128]) -> bf16[8,128] {\n"
+        entry += "  %x = bf16[4,128]{1,0} parameter(0)\n"
+        (gather,) = hlo.collectives(hlo.parse("".join(parts) + entry + body + "}\n"))
+        assert gather.sent == 8 * 128 * 2 / 2 and gather.runs == 1
+
 
 class TestFlops:
     @pytest.mark.parametrize("devices", [1, 8])

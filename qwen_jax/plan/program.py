@@ -11,7 +11,8 @@ from qwen_jax import assembly, sharding
 from qwen_jax.config import Config
 from qwen_jax.plan import flops, hlo
 from qwen_jax.plan.hardware import Topology
-from qwen_jax.trainer.state import abstract_state, trained_part
+from qwen_jax.trainer.stage import Skeleton
+from qwen_jax.trainer.state import TrainState, abstract_state, trained_part
 from qwen_jax.trainer.step import jit_train_step
 
 
@@ -40,7 +41,8 @@ class Program:
     """A compiled step.
 
     text: of its HLO; module: the same, read. products, attention: FLOPs of one step over all
-    devices, with recomputation. tokens, model_flops: of one step, as `Stage` counts them.
+    devices, with recomputation. tokens, model_flops: of one step, as `Stage` counts them. between:
+    bytes on one device at the worst moment of what runs between steps, by what it does.
     """
 
     config: Config
@@ -54,6 +56,7 @@ class Program:
     tokens: int
     model_flops: float
     compile_secs: float
+    between: dict[str, int]
 
 
 def state_bytes(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
@@ -88,7 +91,8 @@ def compile_step(cfg: Config, topology: Topology) -> Program:
         products, attention = flops.of(traced)
         start = time.perf_counter()
         compiled = _compile(traced.lower(), limit)
-    secs = time.perf_counter() - start
+        secs = time.perf_counter() - start
+        between = _between_steps(stage, state, mesh, limit)
     found = compiled.memory_analysis()
     memory = Memory(
         arguments=found.argument_size_in_bytes,
@@ -107,8 +111,31 @@ def compile_step(cfg: Config, topology: Topology) -> Program:
     module = hlo.parse(text)
     return Program(
         cfg, topology, mesh, text, module, memory, products, attention,
-        stage.tokens_per_batch, stage.flops_per_batch, secs,
+        stage.tokens_per_batch, stage.flops_per_batch, secs, between,
     )  # fmt: skip
+
+
+def _between_steps(
+    stage: Skeleton, state: TrainState, mesh: jax.sharding.Mesh, limit: float
+) -> dict[str, int]:
+    """Peaks of the other programs of a stage, the moments beside them included.
+
+    Raises:
+      DoesNotFit: one of them is too large.
+    """
+    peaks = {}
+    for name, (fn, rows) in stage.others.items():
+        rows = sharding.abstract_batch(rows, mesh)
+        compiled = _compile(jax.jit(fn).lower(state.params, rows, state.key), limit)
+        peaks[name] = compiled.memory_analysis().peak_memory_in_bytes
+        peaks[name] += sharding.bytes_per_device(state.opt_state)
+        if peaks[name] > limit:
+            raise DoesNotFit(
+                f"{name} needs {_gib(peaks[name])} on each device, which has {_gib(limit)}; fewer "
+                "ppo.queries at once, or more shards",
+                peaks[name],
+            )
+    return peaks
 
 
 def _compile(lowered: Any, limit: float) -> Any:

@@ -36,6 +36,7 @@ def as_dict(program: Program, estimate: Estimate, price: float | None) -> dict[s
             "headroom": (chip.memory - memory.peak) / GIB,
             "host": memory.host / GIB,
         },
+        "between_steps_gib": {name: peak / GIB for name, peak in program.between.items()},
         "collectives": [
             {"kind": x.kind, "over": x.link, "calls": x.calls, "gb": x.sent / 1e9, "secs": x.secs}
             for x in estimate.exchanges
@@ -76,8 +77,12 @@ def as_text(figures: dict[str, Any]) -> str:
         f"{memory['temporaries']:.2f}, peak {memory['peak']:.2f} of {memory['limit']:.2f} GiB, "
         f"headroom {memory['headroom']:.2f}"
         + (f", on the host {memory['host']:.2f}" if memory["host"] else ""),
-        "what one device sends in a step:",
     ]
+    between = figures["between_steps_gib"].items()
+    if between:
+        peaks = ", ".join(f"{name} {peak:.2f}" for name, peak in between)
+        lines.append(f"peak between steps: {peaks} GiB")
+    lines.append("what one device sends in a step:")
     for x in figures["collectives"]:
         lines.append(
             f"  {x['kind']:<20}{x['over']:<9}{x['calls']:>9,.0f} times {x['gb']:>10,.2f} GB "

@@ -4,7 +4,8 @@ A stage is a value: a handful of pure functions and a batch source. Pretraining,
 modelling and PPO all hand the loop the same tuple, so the loop is written once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -84,7 +85,8 @@ class Skeleton(NamedTuple):
     """What of a stage is compiled, without data or weights: for dry runs and plans.
 
     init, loss, tx, trained, tokens_per_batch, flops_per_batch: as in `Stage`. batch: shapes and
-    dtypes of one global batch.
+    dtypes of one global batch. others: programs that run between steps, by what they do: a function
+    of parameters, rows and key, and the shapes of the rows.
     """
 
     init: Callable[[jax.Array], Any]
@@ -94,3 +96,4 @@ class Skeleton(NamedTuple):
     batch: dict[str, Any]
     tokens_per_batch: int
     flops_per_batch: float
+    others: Mapping[str, tuple[Callable[[Any, Any, jax.Array], Any], Any]] = MappingProxyType({})
