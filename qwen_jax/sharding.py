@@ -177,7 +177,7 @@ def exchange_width(x_BLD: jax.Array, *, back: bool = False) -> jax.Array:
     back: the other way. One mesh axis after the other: XLA has an all-to-all for each, and for both
     at once none; it would give every device everything.
     """
-    if num_shards("length") == 1:
+    if num_shards("embed") == 1:
         return x_BLD
     layouts = [
         ("batch_of_replica", None, "embed"),

@@ -364,6 +364,9 @@ def group_of(rest: str) -> tuple[int, ...]:
     if pairs:
         numbers = [tuple(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)", pairs[0])]
         return tuple(sorted(_connected(numbers)))
+    named = _MESH_GROUPS.search(rest)
+    if named:
+        return _mesh_group(*named.groups())
     groups = re.search(r"replica_groups=(\S.*?)(?:, \w+=|$)", rest)
     if not groups:
         return ()
@@ -371,27 +374,38 @@ def group_of(rest: str) -> tuple[int, ...]:
     if text.startswith("{"):
         first = re.search(r"\{([\d,]+)\}", text)
         return tuple(int(n) for n in first[1].split(",")) if first else ()
-    if text.startswith("mesh["):
-        return _mesh_group(text)
     shape = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if not shape:
         raise ValueError(f"cannot read the groups of devices in {text[:120]!r}")
-    sizes, source = (_integers(shape[n]) for n in (1, 2))
-    order = _integers(shape[3]) if shape[3] else list(range(len(source)))
-    strides = [math.prod(source[axis + 1 :]) for axis in range(len(source))]
-    transposed = [(source[axis], strides[axis]) for axis in order]
-    return tuple(_numbers(transposed)[: sizes[-1]])
+    members = _integers(shape[1])[-1]
+    return tuple(_transposed(shape[2], shape[3])[:members])
 
 
-def _mesh_group(text: str) -> tuple[int, ...]:
-    """Of `mesh['a'=2,'b'=4] {'b'}`."""
-    declared, _, used = text.partition("]")
+# mesh['a'=2,'b'=4] {'b'}, or with an order of devices: mesh[...], device_ids=([2,4]T(1,0)) {'b'}
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? "
+    r"\{([^}]*)\}"
+)
+
+
+def _mesh_group(declared: str, sizes: str | None, order: str | None, used: str) -> tuple[int, ...]:
+    """The first group over the axes that are used."""
     axes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", declared)]
-    names = re.findall(r"'([^']+)'", used)
-    strides = {}
-    for position, (name, size) in enumerate(axes):
-        strides[name] = (size, math.prod(size for _, size in axes[position + 1 :]))
-    return tuple(_numbers([strides[name] for name in names]))
+    strides = {
+        name: (size, math.prod(size for _, size in axes[position + 1 :]))
+        for position, (name, size) in enumerate(axes)
+    }
+    places = _numbers([strides[name] for name in re.findall(r"'([^']+)'", used)])
+    devices = _transposed(sizes, order) if sizes else range(math.prod(n for _, n in axes))
+    return tuple(devices[place] for place in places)
+
+
+def _transposed(sizes: str, order: str | None) -> list[int]:
+    """The numbers from 0 as an array of these sizes, its dimensions in another order, flat."""
+    lengths = _integers(sizes)
+    strides = [math.prod(lengths[axis + 1 :]) for axis in range(len(lengths))]
+    axes = _integers(order) if order else range(len(lengths))
+    return _numbers([(lengths[axis], strides[axis]) for axis in axes])
 
 
 def _numbers(axes: list[tuple[int, int]]) -> list[int]:
