@@ -136,61 +136,84 @@ def token_log_probs(
 
     The distribution is the untruncated one at `temperature` over the ids below `num_real`. The head
     is applied in float32: in bfloat16 its rounding alone moves ratios of probabilities by percents.
-    `chunk` positions of every row have logits at a time; the backward pass computes them again.
-    `chunk` must divide L. The entropy carries no gradient.
+    Each device has the logits of `chunk` positions of its rows at a time; the backward pass makes
+    them again. `chunk` must divide L. The entropy carries no gradient.
     """
-    head_VD = constrain(head_VD.astype(jnp.float32), "vocab", "act_embed")
-
-    def one_chunk(_, part):
-        hidden_BcD, targets_Bc = part
-        x_TD = hidden_BcD.astype(jnp.float32).reshape(-1, hidden_BcD.shape[-1])
-        scored = _target_log_probs(x_TD, head_VD, targets_Bc.reshape(-1), temperature, num_real)
-        return None, tuple(x_T.reshape(targets_Bc.shape) for x_T in scored)
-
-    parts = tuple(_chunked(x, chunk) for x in (hidden_BLD, targets_BL))
-    _, (picked, entropy) = jax.lax.scan(one_chunk, None, parts)
-    shape = targets_BL.shape
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(shape) for x in (picked, entropy))
+    return _log_probs(hidden_BLD, head_VD, targets_BL, temperature, num_real, chunk)
 
 
-def _real_logits(x_TD, head_VD, temperature: float, num_real: int) -> jax.Array:
-    logits_TV = jnp.einsum("td,vd->tv", x_TD, head_VD)
-    logits_TV = constrain(logits_TV / temperature, "batch", "act_vocab")
-    return jnp.where(jnp.arange(head_VD.shape[0])[None, :] < num_real, logits_TV, -1e30)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _log_probs(hidden_BLD, head_VD, targets_BL, temperature, num_real, chunk):
+    def on_own_part(hidden_BLD, head_VD, targets_BL):
+        def one_chunk(_, part):
+            hidden_BcD, targets_Bc = part
+            logits_TV, targets_T = _real_logits(
+                hidden_BcD, head_VD, targets_Bc, temperature, num_real
+            )
+            logits_TV -= max_over(jnp.max(logits_TV, axis=-1), "vocab")[:, None]
+            exp_TV = jnp.exp(logits_TV)
+            total_T = sum_over(jnp.sum(exp_TV, axis=-1), "vocab")
+            mean_T = sum_over(jnp.sum(exp_TV * logits_TV, axis=-1), "vocab") / total_T
+            picked_T = _pick(logits_TV, targets_T)
+            scored = picked_T - jnp.log(total_T), jnp.log(total_T) - mean_T
+            return None, tuple(x_T.reshape(targets_Bc.shape) for x_T in scored)
+
+        parts = tuple(_chunked(x, chunk) for x in (hidden_BLD, targets_BL))
+        _, scored = jax.lax.scan(one_chunk, None, parts)
+        return tuple(jnp.moveaxis(x, 0, 1).reshape(targets_BL.shape) for x in scored)
+
+    rows = ("batch", "length")
+    run = by_shard(on_own_part, ((*rows, None), ("vocab", None), rows), (rows, rows))
+    return run(hidden_BLD, head_VD.astype(jnp.float32), targets_BL)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _target_log_probs(x_TD, head_VD, targets_T, temperature: float, num_real: int):
-    """`token_log_probs` of one chunk: [T] and [T]."""
-    logits_TV = _real_logits(x_TD, head_VD, temperature, num_real)
-    logits_TV -= jnp.max(logits_TV, axis=-1, keepdims=True)
-    exp_TV = jnp.exp(logits_TV)
-    total_T = jnp.sum(exp_TV, axis=-1)
-    picked_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
-    mean_T = jnp.sum(exp_TV * logits_TV, axis=-1) / total_T
-    return picked_T - jnp.log(total_T), jnp.log(total_T) - mean_T
+def _log_probs_forward(hidden_BLD, head_VD, targets_BL, temperature, num_real, chunk):
+    scored = _log_probs(hidden_BLD, head_VD, targets_BL, temperature, num_real, chunk)
+    return scored, (hidden_BLD, head_VD, targets_BL)
 
 
-def _target_log_probs_forward(x_TD, head_VD, targets_T, temperature, num_real):
-    scored = _target_log_probs(x_TD, head_VD, targets_T, temperature, num_real)
-    return scored, (x_TD, head_VD, targets_T)
+def _log_probs_backward(temperature, num_real, chunk, saved, gradients):
+    """As autodiff with rematerialised chunks, without the transposed copies it makes of logits."""
+    hidden_BLD, head_VD, targets_BL = saved
+
+    def on_own_part(hidden_BLD, head_VD, targets_BL, g_BL):
+        def one_chunk(head_grad_VD, part):
+            hidden_BcD, targets_Bc, g_Bc = part
+            logits_TV, targets_T = _real_logits(
+                hidden_BcD, head_VD, targets_Bc, temperature, num_real
+            )
+            exp_TV = jnp.exp(logits_TV - max_over(jnp.max(logits_TV, axis=-1), "vocab")[:, None])
+            total_T = sum_over(jnp.sum(exp_TV, axis=-1), "vocab")
+            hot_TV = jax.nn.one_hot(targets_T, logits_TV.shape[-1], dtype=jnp.float32)
+            grad_TV = hot_TV - exp_TV / total_T[:, None]
+            grad_TV *= (g_Bc.reshape(-1) / temperature)[:, None]
+            x_grad = sum_over(jnp.einsum("tv,vd->td", grad_TV, head_VD), "vocab")
+            x_TD = hidden_BcD.reshape(-1, hidden_BcD.shape[-1]).astype(jnp.float32)
+            head_grad_VD += jnp.einsum("tv,td->vd", grad_TV, x_TD)
+            return head_grad_VD, x_grad.reshape(hidden_BcD.shape).astype(hidden_BcD.dtype)
+
+        parts = tuple(_chunked(x, chunk) for x in (hidden_BLD, targets_BL, g_BL))
+        head_grad, grads = jax.lax.scan(one_chunk, jnp.zeros_like(head_VD), parts)
+        head_grad = scatter_sum(head_grad, over=("batch", "length"), into="embed", dimension=1)
+        return jnp.moveaxis(grads, 0, 1).reshape(hidden_BLD.shape), head_grad
+
+    rows = ("batch", "length")
+    hidden = (*rows, None)
+    run = by_shard(on_own_part, (hidden, ("vocab", None), rows, rows), (hidden, ("vocab", "embed")))
+    grads, head_grad = run(hidden_BLD, head_VD.astype(jnp.float32), targets_BL, gradients[0])
+    return grads, head_grad.astype(head_VD.dtype), jnp.zeros(targets_BL.shape, jax.dtypes.float0)
 
 
-def _target_log_probs_backward(temperature, num_real, saved, gradients):
-    x_TD, head_VD, targets_T = saved
-    g_T, _ = gradients
-    probs_TV = jax.nn.softmax(_real_logits(x_TD, head_VD, temperature, num_real), axis=-1)
-    hot_TV = jax.nn.one_hot(targets_T, head_VD.shape[0], dtype=jnp.float32)
-    grad_TV = (hot_TV - probs_TV) * (g_T / temperature)[:, None]
-    return (
-        jnp.einsum("tv,vd->td", grad_TV, head_VD),
-        constrain(jnp.einsum("tv,td->vd", grad_TV, x_TD), "vocab", "embed"),
-        jnp.zeros(targets_T.shape, jax.dtypes.float0),
-    )
+_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
 
 
-# As autodiff through `jax.checkpoint`, without the transposed copies it makes of the logits.
-_target_log_probs.defvjp(_target_log_probs_forward, _target_log_probs_backward)
+def _real_logits(hidden_BcD, head_VD, targets_Bc, temperature: float, num_real: int):
+    """Logits [T, V] over this device's part of the vocabulary, and where in it the targets are."""
+    x_TD = hidden_BcD.reshape(-1, hidden_BcD.shape[-1]).astype(jnp.float32)
+    first_id = shard_index("vocab") * head_VD.shape[0]
+    logits_TV = jnp.einsum("td,vd->tv", x_TD, head_VD) / temperature
+    real_1V = first_id + jnp.arange(head_VD.shape[0])[None, :] < num_real
+    return jnp.where(real_1V, logits_TV, -1e30), targets_Bc.reshape(-1) - first_id
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:

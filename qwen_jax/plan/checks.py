@@ -66,10 +66,15 @@ def reduced_weights(program: Program) -> list[str]:
 
 
 def gathered_weights(program: Program) -> list[str]:
-    """Whole weight matrices are gathered in the dtype in which they are multiplied."""
+    """Whole weight matrices are gathered in the dtype in which they are multiplied.
+
+    The head of PPO is multiplied in float32 (`losses.token_log_probs`).
+    """
     wanted = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
     dtype = wanted[program.config.model.compute_dtype]
     whole = _weight_shapes(program.config)
+    if program.config.ppo is not None:
+        whole.discard(_shape((program.config.model.vocab_size, program.config.model.d_model)))
     return [
         f"weight {list(array.dims)} is gathered as {array.dtype}, not {dtype} ({one.op_name})"
         for one in hlo.collectives(program.module)

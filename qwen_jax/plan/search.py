@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from qwen_jax import sharding
-from qwen_jax.config import REMAT_POLICIES, Config, MeshConfig
+from qwen_jax.config import REMAT_POLICIES, Config, MeshConfig, ModelConfig
 from qwen_jax.plan.hardware import CHIPS, GPUS_PER_NODE, Topology
 from qwen_jax.plan.program import DoesNotFit, Program, compile_step, state_bytes
 from qwen_jax.plan.timing import Estimate, estimate
@@ -45,7 +45,7 @@ def best_setting(
     given = guess(cfg, topology, _mesh(cfg, topology))
     others = [g for g in _guesses(cfg, topology) if g.num_bytes < LIKELY * limit]
     others = [g for g in others if g.config != given.config]
-    others.sort(key=lambda g: (g.secs, g.num_bytes))
+    others.sort(key=lambda g: g.secs)
     best: tuple[Program, Estimate] | None = None
     for one in [given, *others[: compilations - 1]]:
         label = setting(one.config)
@@ -163,6 +163,16 @@ def guess(cfg: Config, topology: Topology, mesh: jax.sharding.Mesh) -> Guess:
     weights = model.num_layers * layer + model.vocab_size * model.d_model
     flops = 6 * weights * tokens * (1 + _RECOMPUTED[model.remat] / 3)
     core = flops / tensor / (chip.peak_flops * chip.matmul)
+    # Each pass over the layers writes and reads the gathered weights; what is not a product moves
+    # about 300 numbers for each one of the residual stream, half of them of heads and products.
+    moved = 3 * 2 * 2 * weights / tensor
+    moved += 300 * tokens * model.num_layers * model.d_model * (1 + 1 / tensor)
+    core += moved / chip.memory_bandwidth
+    host = 0.0
+    if model.remat.startswith("offload"):
+        kept = dataclasses.replace(model, remat=model.remat.replace("offload", "save"))
+        there = _kept(kept, tensor) - _kept(model, tensor)
+        host = 2 * there * model.num_layers * tokens / chip.host
     links = 0.0
     if spread > 1:
         # Gathered for the forward and for the backward pass, scattered once. Replicas add up the
@@ -172,10 +182,10 @@ def guess(cfg: Config, topology: Topology, mesh: jax.sharding.Mesh) -> Guess:
         if spread > shards:
             links += 2 * 2 * weights / tensor / shards / _bandwidth(topology, mesh.size)
     if tensor > 1:
-        moved = 4 * 2 * 2 * tokens * model.d_model * model.num_layers
-        links += moved / _bandwidth(topology, tensor)
-    secs = max(core, links) * cfg.train.num_microbatches
-    kept = _kept(cfg, tensor) * model.num_layers * tokens
+        summed = 4 * 2 * 2 * tokens * model.d_model * model.num_layers
+        links += summed / _bandwidth(topology, tensor)
+    secs = max(core, links, host) * cfg.train.num_microbatches
+    kept = _kept(model, tensor) * model.num_layers * tokens
     inside = 2 * tokens * (12 * model.d_model + (6 * heads + 6 * model.d_ff) / tensor)
     chunk = rows * min(model.loss_chunk, cfg.data.seq_len) * model.vocab_size / tensor * 10
     head = 6 * model.vocab_size * model.d_model / tensor
@@ -189,9 +199,8 @@ def _row_length(cfg: Config) -> int:
     return cfg.data.seq_len
 
 
-def _kept(cfg: Config, tensor: int) -> float:
+def _kept(model: ModelConfig, tensor: int) -> float:
     """Bytes of one token's activations that one layer leaves on the device for the backward."""
-    model = cfg.model
     width, heads = 2 * model.d_model, 2 * model.num_heads * model.head_dim / tensor
     wide = 2 * model.d_ff / tensor
     return (
@@ -213,4 +222,4 @@ def _bandwidth(topology: Topology, members: int) -> float:
     if chip.platform == "gpu":
         return chip.link if members <= GPUS_PER_NODE else chip.network
     within = len(topology.devices) // topology.slices
-    return chip.link * chip.torus if members <= within else chip.network
+    return 2 * chip.link if members <= within else chip.network
