@@ -5,7 +5,6 @@
 Needs the compilers of `make plan-env`. The steps of training go through `qwen_jax.plan`.
 """
 
-
 import functools
 import time
 from collections.abc import Callable
@@ -32,8 +31,10 @@ from qwen_jax.trainer.state import abstract_state
 GIB = 2**30
 
 
-def compile_all(topology_name: str, timing: tuple[int, int], *, smoke: bool) -> list[dict]:
-    """Every program, its memory and how long the compiler took. timing: warm-up and timed steps.
+def compile_all(topology_name: str, timing: tuple[int, int], only: list[str]) -> list[dict]:
+    """Every program, its memory and how long the compiler took.
+
+    timing: warm-up and timed steps. only: ids of benchmarks.
 
     Raises:
       ValueError: no such topology, or no compiler for it.
@@ -42,13 +43,16 @@ def compile_all(topology_name: str, timing: tuple[int, int], *, smoke: bool) -> 
     topology = hardware.find_topology(topology_name)
     programs: dict[str, Callable[[], tuple[int, int]]] = {}
     for name, setup in SETUPS.items():
-        cfg = setup(smoke=smoke)
+        if name.split()[0] not in only:
+            continue
+        cfg = setup(smoke=False)
         mesh = sharding.make_mesh(cfg.mesh, topology.devices)
         cfg = resolve_backend(cfg, mesh, say)
         programs[f"{name} step"] = functools.partial(_step, cfg, topology)
         if cfg.ppo is not None:
             programs |= _rollout(name, cfg, mesh, topology)
-    programs |= _decoding(sum(timing), topology, smoke=smoke)
+    if "D1" in only:
+        programs |= _decoding(sum(timing), topology)
     results = []
     for name, program in programs.items():
         began = time.perf_counter()
@@ -85,7 +89,7 @@ def _needs(lowered) -> tuple[int, int]:
 
 
 def _rollout(name: str, cfg: Config, mesh, topology: Topology) -> dict[str, Callable]:
-    """Drawing and measuring the answers of one rollout. The state lies beside what is drawn with."""
+    """Drawing and measuring the answers of one rollout, the rest of the state beside them."""
     ppo, nets, ends = cfg.ppo, networks(cfg.model, cfg.lora), endless(cfg.model.vocab_size)
     parts = assembly.skeleton(cfg)
     state = abstract_state(parts.init, parts.tx, jax.random.key(0), mesh, parts.trained)
@@ -133,9 +137,9 @@ def shape_at(x, where) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
-def _decoding(pieces: int, topology: Topology, *, smoke: bool) -> dict[str, Callable]:
+def _decoding(pieces: int, topology: Topology) -> dict[str, Callable]:
     """Reading the prompts and the steps after them, for each batch size of D1."""
-    setup = decoding(smoke=smoke)
+    setup = decoding(smoke=False)
     model, made_for = setup.model, decode_config(setup, pieces)
     where = jax.sharding.SingleDeviceSharding(topology.devices[0])
     width = setup.context - pieces * setup.piece // 2

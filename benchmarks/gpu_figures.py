@@ -3,6 +3,7 @@
 Both contenders time themselves with `time_steps`, so that a step means the same on both sides.
 """
 
+import argparse
 import dataclasses
 import json
 import math
@@ -10,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 FORMULAS = {
     "MFU": "tokens/s x (6 N + 6 L T W) / peak, N: weights of matrix products (head yes, input "
@@ -31,35 +33,56 @@ LOSS_TOLERANCE, FLOAT32_TOLERANCE = 0.15, 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How long to measure. deadline: of `time.monotonic`, after which no step is begun."""
+    """How long to measure. began, deadline: of `time.monotonic`; past the latter no step begins."""
 
     warmup: int
     steps: int
+    began: float
     deadline: float
 
 
-def time_steps(step: Callable[[], float], timing: Timing) -> tuple[int, list[float], list[float]]:
-    """Runs warm-up and timed steps; (warm-up steps, seconds of each timed one, what all returned).
+def timing_of(args: argparse.Namespace) -> Timing:
+    """From the command line of a contender."""
+    now = time.monotonic()
+    return Timing(args.warmup, args.steps, now, now + args.seconds)
 
-    step: returns when the device is done. Past the deadline there is still one timed step.
+
+class Timed(NamedTuple):
+    """warmup: steps. secs: of each timed step. returned: by all steps. before: secs up to them."""
+
+    warmup: int
+    secs: list[float]
+    returned: list[float]
+    before: float
+
+    def values(self) -> dict:
+        """What a result says of it."""
+        return {"warmup": self.warmup, "secs": self.secs, "before_secs": self.before}
+
+
+def time_steps(step: Callable[[], float], timing: Timing) -> Timed:
+    """Runs warm-up and timed steps. step: returns when the device is done.
+
+    The deadline cuts both short; one timed step there always is.
     """
-    warmed, secs, returned = 0, [], []
-    longest = 0.0
+    warmup, secs, returned, before, longest = 0, [], [], 0.0, 0.0
     while len(secs) < timing.steps:
         late = time.monotonic() + longest > timing.deadline
         if late and secs:
             break
-        counts = warmed >= timing.warmup or late
+        counts = bool(secs) or warmup >= timing.warmup or (late and warmup > 0)
+        if counts and not secs:
+            before = time.monotonic() - timing.began
         began = time.perf_counter()
         returned.append(step())
         elapsed = time.perf_counter() - began
         if counts:
             secs.append(elapsed)
         else:
-            warmed += 1
+            warmup += 1
         # The first step may compile: it says nothing about the next.
         longest = 0.0 if len(returned) == 1 else max(longest, elapsed)
-    return warmed, secs, returned
+    return Timed(warmup, secs, returned, before)
 
 
 def first_loss(vocab_size: int, d_model: int, init_std: float) -> float:
@@ -89,16 +112,19 @@ def summary(secs: list[float], tokens: float) -> dict[str, float]:
 
 
 def joined(turns: list[dict]) -> dict:
-    """The turns of one contender as one result: their timed steps together, the rest of the last.
+    """The turns of one contender as one result: all timed steps, the rest of the last good turn.
 
     Memory is the largest; a check that failed in one turn has failed.
     """
-    result = turns[-1] | {"secs": [secs for turn in turns for secs in turn["secs"]]}
-    result["turns"] = len(turns)
-    result["failed"] = sorted({failure for turn in turns for failure in turn["failed"]})
-    peaks = [turn["peak_bytes"] for turn in turns if turn["peak_bytes"]]
-    result["peak_bytes"] = max(peaks, default=None)
-    return result
+    good = [turn for turn in turns if turn["secs"]] or turns
+    peaks = [turn["peak_bytes"] for turn in good if turn.get("peak_bytes")]
+    return good[-1] | {
+        "secs": [secs for turn in turns for secs in turn["secs"]],
+        "warmup": sum(turn.get("warmup", 0) for turn in turns),
+        "before_secs": [turn["before_secs"] for turn in good if "before_secs" in turn],
+        "failed": sorted({failure for turn in turns for failure in turn["failed"]}),
+        "peak_bytes": max(peaks, default=None),
+    }
 
 
 def check_losses(losses: list[float], expected: float) -> list[str]:

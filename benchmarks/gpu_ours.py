@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_ours --benchmark=P1 --packing=concat --seconds=60
 
 The programs are those of the commands: P1 and P3 are the step that `train` jits and `plan`
-compiles, R1 is `Rollouts` with that step, D1 is `begin` and `extend` of decoding. Weights and tokens
-are random.
+compiles, R1 is `Rollouts` with that step, D1 is `begin` and `extend` of decoding. Weights and
+tokens are random.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from benchmarks import gpu_figures as figures
 from benchmarks.gpu_figures import Timing, say
 from benchmarks.gpu_setups import SETUPS, decoding, training_rows
 from benchmarks.ppo import RandomQueries
-from qwen_jax import assembly, metrics, sharding
+from qwen_jax import assembly, sharding
 from qwen_jax.config import Config
 from qwen_jax.data.batch import to_devices
 from qwen_jax.generate.decode import DecodeConfig, begin, decoding_config, extend, unrolled
@@ -107,8 +107,8 @@ def train(name: str, cfg: Config, timing: Timing) -> list[dict]:
             state, report = step(state, batch)
             return float(jax.device_get(report["loss"]))  # the end of the one program
 
-        warmed, secs, losses = figures.time_steps(one, timing)
-    model = cfg.model
+        timed = figures.time_steps(one, timing)
+    model, losses = cfg.model, timed.returned
     expected = figures.first_loss(model.vocab_size, model.d_model, model.init_std)
     failed = figures.check_losses(losses, expected)
     if not error <= figures.FLOAT32_TOLERANCE:
@@ -121,8 +121,8 @@ def train(name: str, cfg: Config, timing: Timing) -> list[dict]:
     compiled = step.memory_analysis().peak_memory_in_bytes
     return [
         result(
-            name, secs=secs, warmup=warmed, tokens=parts.tokens_per_batch,
-            flops=parts.flops_per_batch, compiled_bytes=compiled, failed=failed, notes=notes,
+            name, tokens=parts.tokens_per_batch, flops=parts.flops_per_batch,
+            compiled_bytes=compiled, failed=failed, notes=notes, **timed.values(),
         )
     ]  # fmt: skip
 
@@ -185,21 +185,21 @@ def decode_batch(setup, flat, batch: int, weight_bytes: int, timing: Timing) -> 
         state = extend(flat, state, done, made_for=made_for)
         return int(jax.block_until_ready(state).step)
 
-    warmed, secs, _ = figures.time_steps(piece, timing)
+    timed = figures.time_steps(piece, timing)
     same = greedy_agreement(flat, model, prompts, state.out.tokens_BR[:, :done])
     bandwidth = BANDWIDTH.get(jax.devices()[0].device_kind)
     # The context in the middle of what was timed.
-    context = width + (warmed + len(secs) / 2) * setup.piece
+    context = width + (timed.warmup + len(timed.secs) / 2) * setup.piece
     roofline = figures.decode_roofline(weight_bytes, slot_bytes(model), batch, context, bandwidth)
     least = 0.8  # random weights have near ties, which bfloat16 decides either way
     failed = [] if same >= least else [f"only {same:.2f} of the tokens agree with a forward pass"]
     return result(
-        f"D1 batch {batch}", secs=secs, warmup=warmed, tokens=batch * setup.piece,
-        roofline=roofline, failed=failed,
+        f"D1 batch {batch}", tokens=batch * setup.piece, roofline=roofline, failed=failed,
         notes=[
             f"mean context {context:.0f}, {setup.piece} tokens a step",
             f"{same:.2f} of the greedy tokens agree with a forward pass over the whole row",
         ],
+        **timed.values(),
     )  # fmt: skip
 
 
@@ -216,7 +216,8 @@ def rollouts_of(cfg: Config, mesh: jax.sharding.Mesh) -> Rollouts:
         cfg.model, cfg.ppo, networks(cfg.model, cfg.lora),
         prompts=RandomQueries(samples, cfg.ppo.prompt_len, vocab, mesh), text=None, mesh=mesh,
         ends=endless(vocab), num_real=vocab, minibatch_size=cfg.data.batch_size,
-        num_microbatches=cfg.train.num_microbatches, key=jax.random.key(0), seed=0, log=lambda text: None,
+        num_microbatches=cfg.train.num_microbatches, key=jax.random.key(0), seed=0,
+        log=lambda text: None,  # that no answer ends is known
     )  # fmt: skip
 
 
@@ -253,20 +254,21 @@ def reinforce(cfg: Config, timing: Timing) -> list[dict]:
         phases.append((drawn, scored, total - drawn - scored))
         return float(reports[-1]["loss"])
 
-    warmed, secs, losses = figures.time_steps(one, timing)
-    drawn, scored, updated = np.median(phases[warmed:], axis=0)
+    timed = figures.time_steps(one, timing)
+    drawn, scored, updated = np.median(phases[timed.warmup :], axis=0)
     answers, positions = cfg.ppo.queries * cfg.ppo.responses_per_query, cfg.ppo.response_len
     return [
         result(
-            "R1", secs=secs, warmup=warmed, tokens=answers * (cfg.ppo.prompt_len + positions),
-            failed=[] if np.all(np.isfinite(losses)) else ["a loss is not finite"],
+            "R1", tokens=answers * (cfg.ppo.prompt_len + positions),
+            failed=[] if np.all(np.isfinite(timed.returned)) else ["a loss is not finite"],
             phases={"generate": drawn, "score": scored, "update": updated},
             notes=[
                 f"medians: generate {drawn:.2f} s, score {scored:.2f} s, update {updated:.2f} s",
-                f"{answers * positions / np.median(secs):,.0f} new tokens/s",
+                f"{answers * positions / np.median(timed.secs):,.0f} new tokens/s",
                 "the policy's first ratio of each rollout was 1 (ratio_tolerance "
                 f"{cfg.ppo.ratio_tolerance})",
             ],
+            **timed.values(),
         )
     ]  # fmt: skip
 
@@ -280,7 +282,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=600, help="for all, compiling included")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
-    timing = Timing(args.warmup, args.steps, time.monotonic() + args.seconds)
+    timing = figures.timing_of(args)
     if args.benchmark == "D1":
         results = decode(timing, smoke=args.smoke)
     elif args.benchmark == "R1":
