@@ -303,7 +303,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--compile_only", action="store_true", help="measure nothing")
     parser.add_argument("--topology", default="h100:1", help="of --compile_only")
-    return parser.parse_args()
+    args = parser.parse_args()
+    known = {turn.benchmark for turn in TURNS}
+    if not set(args.only.split(",")) <= known:
+        parser.error(f"--only={args.only}: choose among {','.join(sorted(known))}")
+    if min(args.steps, args.minutes) <= 0 or args.warmup < 0:
+        parser.error("--steps and --minutes must be positive, --warmup must not be negative")
+    return args
 
 
 def main() -> int:
