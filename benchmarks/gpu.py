@@ -37,6 +37,7 @@ from benchmarks.gpu_figures import say
 
 GIB = 2**30
 TARGETS_FOR = ("NVIDIA H100", "NVIDIA H200")
+PROBE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 SPARE_SECS = 40  # after --minutes, for the last turn to end
 
 
@@ -84,14 +85,22 @@ def _run(command: list[str], **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, check=False, capture_output=True, text=True, **options)
 
 
+def backend(environment: dict[str, str]) -> str:
+    """What JAX would run on; asked in another process, which gives the memory back."""
+    program = "import jax; print(jax.default_backend())"
+    done = _run([sys.executable, "-c", program], env=environment | PROBE)
+    if done.returncode:
+        raise RuntimeError(f"JAX does not start: {done.stderr[-2000:]}")
+    return done.stdout.split()[-1]
+
+
 def usable_flags(flags: list[str], environment: dict[str, str]) -> list[str]:
     """Those XLA flags that this XLA knows: it ends the process over one that it does not."""
     program = "import jax; jax.jit(lambda x: x + 1)(1.0).block_until_ready()"
 
     def known(tried: list[str]) -> bool:
-        flags = {"XLA_FLAGS": " ".join(tried), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        command = [sys.executable, "-c", program]
-        return not _run(command, env=environment | flags).returncode
+        flags = PROBE | {"XLA_FLAGS": " ".join(tried)}
+        return not _run([sys.executable, "-c", program], env=environment | flags).returncode
 
     if not flags or known(flags):
         return flags
@@ -318,8 +327,11 @@ def main() -> int:
         return compile_only(args)
     began = time.monotonic()
     predicted, cache = read_predicted(args.predicted), Path(args.cache).absolute()
-    asked = args.xla.split()
-    flags = usable_flags(asked, environment(cache, args.smoke, ""))
+    asked, plain = args.xla.split(), environment(cache, args.smoke, "")
+    if not args.smoke and (found := backend(plain)) != "gpu":
+        say(f"error: JAX finds no GPU here but {found}; --smoke runs on a CPU, with tiny sizes")
+        return 2
+    flags = usable_flags(asked, plain)
     for flag in asked:
         if flag not in flags:
             say(f"left out, unknown to this XLA: {flag}")

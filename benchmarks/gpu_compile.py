@@ -142,7 +142,7 @@ def _decoding(pieces: int, topology: Topology) -> dict[str, Callable]:
     setup = decoding(smoke=False)
     model, made_for = setup.model, decode_config(setup, pieces)
     where = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    width = setup.context - pieces * setup.piece // 2
+    width = setup.prompt_len(pieces)
 
     def here(tree):
         return jax.tree.map(lambda x: shape_at(x, where), tree)

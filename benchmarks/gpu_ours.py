@@ -172,7 +172,7 @@ def decode_batch(setup, flat, batch: int, weight_bytes: int, timing: Timing) -> 
     """One batch size of D1; a timed step is `setup.piece` tokens of every row."""
     model, most = setup.model, timing.warmup + timing.steps
     made_for = decode_config(setup, most)
-    width = setup.context - most * setup.piece // 2
+    width = setup.prompt_len(most)
     rng = np.random.default_rng(batch)
     prompts = rng.integers(0, model.vocab_size, (batch, width), np.int32)
     lengths, ids = np.full(batch, width, np.int32), np.arange(batch, dtype=np.int32)

@@ -21,12 +21,22 @@ TINY = {
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """D1. context: tokens in the cache on average. piece: new tokens of a row in a timed step."""
+    """D1. context: tokens in the cache on average. piece: new tokens of a row in a timed step.
+
+    multiple: of the prompt's length. XLA's Triton GEMMs cannot tile 64 rows of 824 tokens, and
+    without a device there is no autotuning that would take another kernel.
+    """
 
     model: ModelConfig
     batches: tuple[int, ...]
     context: int
     piece: int
+    multiple: int
+
+    def prompt_len(self, pieces: int) -> int:
+        """Of a prompt that so many pieces follow."""
+        length = self.context - pieces * self.piece // 2
+        return max(self.multiple, length // self.multiple * self.multiple)
 
 
 def pretraining(*, packing: str, smoke: bool) -> Config:
@@ -93,8 +103,8 @@ def decoding(*, smoke: bool) -> Decoding:
     model = pretraining(packing="concat", smoke=smoke).model
     model = dataclasses.replace(model, param_dtype="bfloat16", attention="reference", remat="none")
     if smoke:
-        return Decoding(model, batches=(1, 4), context=48, piece=2)
-    return Decoding(model, batches=(1, 64), context=1024, piece=16)
+        return Decoding(model, batches=(1, 4), context=48, piece=2, multiple=4)
+    return Decoding(model, batches=(1, 64), context=1024, piece=20, multiple=128)
 
 
 def training_rows(shapes: Mapping[str, Any], vocab_size: int, seed: int = 0) -> dict:

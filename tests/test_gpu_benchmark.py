@@ -132,6 +132,16 @@ def test_a_failed_contender_says_why():
 
 
 @pytest.mark.slow
+def test_without_a_gpu_nothing_large_is_begun():
+    command = [sys.executable, "-m", "benchmarks.gpu"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "--smoke" in done.stderr
+
+
+@pytest.mark.slow
 def test_smoke(tmp_path):
     """Every contender on the CPU; the table and the JSON say the same."""
     pytest.importorskip("torch", reason="the peer")
