@@ -176,3 +176,16 @@ def test_smoke(tmp_path):
         rate = by[name, who]["tokens_per_sec"]["median"]
         assert [cell.strip() for cell in row[:3]] == [name, who, f"{rate:,.0f}"]
     assert "P1 concat: ours / torch in tokens/s" in text and "MFU = " in text
+
+
+@pytest.mark.slow
+def test_compiles_for_an_h100(tmp_path):
+    """Where the compilers of `make plan-env` are installed."""
+    pytest.importorskip("jax_cuda13_plugin", reason="XLA's compiler for NVIDIA GPUs")
+    file = tmp_path / "predicted.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--compile_only", "--only=P3,D1"]
+    subprocess.run([*command, f"--json={file}"], cwd=ROOT, check=True)
+    worst = gpu.read_predicted(str(file))
+    assert worst.keys() == {"P3", "D1 batch 1", "D1 batch 64"}
+    # Qwen-7B in bfloat16 is 14.4 GiB, the cache of 64 rows 14.9 GiB.
+    assert 20 < worst["P3"] / gpu.GIB < 72.8 and 18 < worst["D1 batch 64"] / gpu.GIB < 30
