@@ -196,7 +196,8 @@ def decode_batch(setup, flat, batch: int, weight_bytes: int, timing: Timing) -> 
     return result(
         f"D1 batch {batch}", tokens=batch * setup.piece, roofline=roofline, failed=failed,
         notes=[
-            f"mean context {context:.0f}, {setup.piece} tokens a step",
+            f"mean context {context:.0f}, {setup.piece} tokens a step; a step reads all "
+            f"{width + made_for.max_new_tokens} slots of the cache, the roofline counts the filled",
             f"{same:.2f} of the greedy tokens agree with a forward pass over the whole row",
         ],
         **timed.values(),
