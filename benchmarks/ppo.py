@@ -124,8 +124,8 @@ def optimizer_config():
 class RandomQueries:
     """Queries of full length, in place of `DeviceBatches`."""
 
-    def __init__(self, samples, vocab_size, mesh):
-        self._shape, self._vocab_size, self._mesh = (samples, PROMPT), vocab_size, mesh
+    def __init__(self, samples, length, vocab_size, mesh):
+        self._shape, self._vocab_size, self._mesh = (samples, length), vocab_size, mesh
         self._rng = np.random.default_rng(0)
 
     def next(self, state):
@@ -134,7 +134,7 @@ class RandomQueries:
 
         del state
         prompt = self._rng.integers(0, self._vocab_size, self._shape, np.int32)
-        lengths = np.full(self._shape[:1], PROMPT, np.int32)
+        lengths = np.full(self._shape[:1], self._shape[1], np.int32)
         return to_devices({"prompt": prompt, "prompt_len": lengths}, self._mesh)
 
 
@@ -156,7 +156,7 @@ def our_stage(cfg, samples, mesh):
         cfg,
         ppo,
         nets,
-        prompts=RandomQueries(samples, tokenizer.vocab_size, mesh),
+        prompts=RandomQueries(samples, PROMPT, tokenizer.vocab_size, mesh),
         text=None,
         mesh=mesh,
         ends=ends,
