@@ -18,8 +18,8 @@ from qwen_jax.plan.timing import Estimate, estimate
 from qwen_jax.train import check_mesh
 
 GIB = 2**30
-# The estimate of memory is rough; what it puts above this share of the limit is not compiled.
-LIKELY = 1.15
+# What the estimate puts above this share of the limit is not compiled.
+LIKELY = 1.0
 # Share of the forward pass that the backward pass computes again.
 _RECOMPUTED = {"none": 0.0, "save_matmuls": 0.05, "offload_matmuls": 0.05, "full": 1.0}
 _RECOMPUTED |= {"save_attention": 0.7, "offload_attention": 0.7}
