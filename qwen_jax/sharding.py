@@ -147,6 +147,18 @@ def abstract_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, batch)
 
 
+def gathered_shape(leaf: Any) -> tuple[int, ...]:
+    """What one device holds of a parameter while it is multiplied: all its shards along `embed`."""
+    mesh, spec = leaf.sharding.mesh, leaf.sharding.spec
+    entries = [*spec, *[None] * (len(leaf.shape) - len(spec))]
+    names = [() if e is None else (e,) if isinstance(e, str) else e for e in entries]
+    gathered = _mesh_axes("embed")
+    return tuple(
+        size // math.prod(mesh.shape[name] for name in axes if name not in gathered)
+        for size, axes in zip(leaf.shape, names)
+    )
+
+
 def bytes_per_device(tree: Any) -> int:
     """Of arrays, abstract or not, that know their sharding."""
     return sum(
@@ -257,7 +269,7 @@ def scatter_sum(x: jax.Array, *, over: tuple[str, ...], into: str, dimension: in
     length, parts = x.shape[0], math.prod(sizes[name] for name in split)
     x = jnp.pad(x, [(0, -length % parts)] + [(0, 0)] * (x.ndim - 1))
     for name in split:
-        for groups in _levels(sizes[name], math.prod(sizes.values())):
+        for groups in _levels(sizes[name]):
             x = jax.lax.psum_scatter(
                 x, name, scatter_dimension=0, tiled=True, axis_index_groups=groups
             )
@@ -270,32 +282,19 @@ def scatter_sum(x: jax.Array, *, over: tuple[str, ...], into: str, dimension: in
     return jax.lax.optimization_barrier(x[:length])
 
 
-def _levels(size: int, num_devices: int) -> list[list[list[int]] | None]:
+def _levels(size: int) -> list[list[list[int]] | None]:
     """In which groups a reduce-scatter over an axis of this size goes, one level after the other.
 
-    One level, over the whole axis, unless the axis is the whole mesh: XLA for TPUs (libtpu 0.0.42)
-    makes an all-reduce of a scatter over all devices, twice the bytes, and none of smaller ones.
+    In two where the size has a divisor, with the same bytes in all: XLA for TPUs (libtpu 0.0.42)
+    makes an all-reduce, twice the bytes, of a scatter over large parts of a slice.
     """
     near = next((n for n in range(2, size) if size % n == 0), size)
-    if size < num_devices or near == size:
+    if near == size:
         return [None]
     far = size // near
     across = [[low + near * high for high in range(far)] for low in range(near)]
     beside = [[low + near * high for low in range(near)] for high in range(far)]
     return [across, beside]
-
-
-def gather_over(x: jax.Array, axis: str, dimension: int) -> jax.Array:
-    """Inside `by_shard`: all shards of a logical axis, joined in a dimension. Has a gradient."""
-    if num_shards(axis) == 1:
-        return x
-    return jax.lax.all_gather(x, _names_of((axis,)), axis=dimension, tiled=True)
-
-
-def send(x: jax.Array, axis: str, receivers: Sequence[int]) -> jax.Array:
-    """Inside `by_shard`: what another shard of the axis sends; shard i sends to `receivers[i]`."""
-    (name,) = _names_of((axis,))
-    return jax.lax.ppermute(x, name, list(enumerate(receivers)))
 
 
 def shard_index(axis: str) -> jax.Array | int:

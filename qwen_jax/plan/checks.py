@@ -9,7 +9,6 @@ import math
 import jax
 
 from qwen_jax import assembly, sharding
-from qwen_jax.config import Config
 from qwen_jax.plan import hlo
 from qwen_jax.plan.program import Program
 from qwen_jax.plan.timing import is_product
@@ -55,7 +54,7 @@ def reduced_weights(program: Program) -> list[str]:
     """No gradient of a whole weight matrix is summed over the devices that share the parameters."""
     if sharding.num_shards("embed", program.mesh) == 1:
         return []  # every device holds all of it
-    whole = _weight_shapes(program.config)
+    whole = _weight_shapes(program)
     return [
         f"all-reduce of a whole weight {array.dtype}{list(array.dims)} ({one.op_name or 'no name'})"
         for one in hlo.collectives(program.module)
@@ -72,9 +71,10 @@ def gathered_weights(program: Program) -> list[str]:
     """
     wanted = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
     dtype = wanted[program.config.model.compute_dtype]
-    whole = _weight_shapes(program.config)
+    whole = _weight_shapes(program)
     if program.config.ppo is not None:
-        whole.discard(_shape((program.config.model.vocab_size, program.config.model.d_model)))
+        vocabulary = program.config.model.vocab_size // sharding.num_shards("vocab", program.mesh)
+        whole.discard(_shape((vocabulary, program.config.model.d_model)))
     return [
         f"weight {list(array.dims)} is gathered as {array.dtype}, not {dtype} ({one.op_name})"
         for one in hlo.collectives(program.module)
@@ -128,17 +128,15 @@ def _is_of_logits(program: Program, instruction: hlo.Instruction, positions: int
     return "td,vd->tv" in instruction.op_name and is_product(program.module, instruction)
 
 
-def _weight_shapes(cfg: Config) -> set[tuple[int, ...]]:
-    """Shapes of all matrices of one layer and outside of layers, in one order of dimensions."""
-    stage = assembly.skeleton(cfg)
-    one_device = sharding.make_mesh(
-        type(cfg.mesh)(**dict.fromkeys(vars(cfg.mesh), 1)), jax.devices("cpu")[:1]
-    )
-    state = abstract_state(stage.init, stage.tx, jax.random.key(0), one_device, stage.trained)
+def _weight_shapes(program: Program) -> set[tuple[int, ...]]:
+    """Shapes of the gathered matrices, of one layer and outside of layers."""
+    stage = assembly.skeleton(program.config)
+    key = jax.random.key(0)
+    state = abstract_state(stage.init, stage.tx, key, program.mesh, stage.trained)
     shapes = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         stacked = "blocks" in jax.tree_util.keystr(path)
-        dims = leaf.shape[1:] if stacked else leaf.shape
+        dims = sharding.gathered_shape(leaf)[1 if stacked else 0 :]
         if len(dims) == 2:
             shapes.add(_shape(dims))
     return shapes

@@ -19,16 +19,16 @@ SHIPPED = {
     # No room for a second set of gradients: a batch is one microbatch of 8 rows.
     "7b h200:1": "configs/7b.py --topology=h200:1 --config.train.num_microbatches=1 "
     "--config.data.batch_size=8 --config.data.virtual_shards=8 --config.model.remat=full",
-    # Shards over a part of a torus: over all of it, TPUs gather by all-reduce, at twice the bytes.
+    # Sums over a part of a torus: over all of it, TPUs gather and scatter by all-reduce, at twice
+    # the bytes.
     "7b 2 x v5e:16x16": "configs/7b.py --topology=v5e:16x16 --slices=2 --config.mesh.dcn=2 "
     "--config.mesh.data=16 --config.train.num_microbatches=4 --config.model.remat=full",
-    "14b v5p:4x4x4": "configs/14b.py --topology=v5p:4x4x4 --config.mesh.data=4 "
+    "14b v5p:4x4x4": "configs/14b.py --topology=v5p:4x4x4 --config.mesh.tensor=2 "
     "--config.train.num_microbatches=16",
     # Shards within a node: only gradients go over the network.
     "14b h100:4x8": "configs/14b.py --topology=h100:4x8 --config.mesh.data=4 "
     "--config.train.num_microbatches=16 --config.model.remat=full",
-    "72b v5p:8x8x8": "configs/72b.py --topology=v5p:8x8x8 --config.mesh.data=8 "
-    "--config.train.num_microbatches=4",
+    "72b v5p:8x8x8": "configs/72b.py --topology=v5p:8x8x8 --config.mesh.tensor=2",
     "sft 7b v5p:2x4x4": f"configs/sft.py:7b --topology=v5p:2x4x4 {_ALIGN}",
     "sft 7b lora h100:1": f"configs/sft.py:7b,lora --topology=h100:1 {_ALIGN}",
     "reward 7b h100:8": f"configs/reward.py:7b --topology=h100:8 {_ALIGN}",

@@ -119,16 +119,15 @@ def host_traffic(module: hlo.Module) -> float:
     """Bytes that one device copies to or from the host in one step."""
     total = 0.0
     for instruction, where, runs in module.scheduled():
-        if instruction.opcode.endswith("-done"):
+        opcode = instruction.opcode
+        if opcode.endswith("-done") or not opcode.startswith(("copy", "dynamic-")):
             continue
         block = module.computations[where]
         inputs = [a for name in instruction.operands if name in block for a in block[name].arrays]
-        if "copy" in instruction.opcode or "dynamic" in instruction.opcode:
-            there = [a for a in instruction.arrays if a.space == hlo.HOST_MEMORY]
-            back = [a for a in inputs if a.space == hlo.HOST_MEMORY]
-            if bool(there) != bool(back):
-                sizes = [a.num_bytes for a in instruction.arrays if a.dims]
-                total += runs * (min(sizes) if sizes else 0)
+        arrays = [array for array in (*instruction.arrays, *inputs) if array.dims]
+        if any(array.space == hlo.HOST_MEMORY for array in arrays):
+            # Of a slice and the array that it belongs to, only the slice moves.
+            total += runs * min(array.num_bytes for array in arrays)
     return total
 
 
