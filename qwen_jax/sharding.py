@@ -297,6 +297,19 @@ def _levels(size: int) -> list[list[list[int]] | None]:
     return [across, beside]
 
 
+def gather_over(x: jax.Array, axis: str, dimension: int) -> jax.Array:
+    """Inside `by_shard`: all shards of a logical axis, joined in a dimension. Has a gradient."""
+    if num_shards(axis) == 1:
+        return x
+    return jax.lax.all_gather(x, _names_of((axis,)), axis=dimension, tiled=True)
+
+
+def send(x: jax.Array, axis: str, receivers: Sequence[int]) -> jax.Array:
+    """Inside `by_shard`: what another shard of the axis sends; shard i sends to `receivers[i]`."""
+    (name,) = _names_of((axis,))
+    return jax.lax.ppermute(x, name, list(enumerate(receivers)))
+
+
 def shard_index(axis: str) -> jax.Array | int:
     """Inside `by_shard`: the number of this device's shard of a logical axis."""
     names = _names_of((axis,))
