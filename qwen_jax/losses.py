@@ -187,9 +187,9 @@ def _log_probs_backward(temperature, num_real, chunk, saved, gradients):
             hot_TV = jax.nn.one_hot(targets_T, logits_TV.shape[-1], dtype=jnp.float32)
             grad_TV = hot_TV - exp_TV / total_T[:, None]
             grad_TV *= (g_Bc.reshape(-1) / temperature)[:, None]
-            x_grad = sum_over(jnp.einsum("tv,vd->td", grad_TV, head_VD), "vocab")
+            x_grad = sum_over(_exact("tv,vd->td", grad_TV, head_VD), "vocab")
             x_TD = hidden_BcD.reshape(-1, hidden_BcD.shape[-1]).astype(jnp.float32)
-            head_grad_VD += jnp.einsum("tv,td->vd", grad_TV, x_TD)
+            head_grad_VD += _exact("tv,td->vd", grad_TV, x_TD)
             return head_grad_VD, x_grad.reshape(hidden_BcD.shape).astype(hidden_BcD.dtype)
 
         parts = tuple(_chunked(x, chunk) for x in (hidden_BLD, targets_BL, g_BL))
@@ -211,9 +211,13 @@ def _real_logits(hidden_BcD, head_VD, targets_Bc, temperature: float, num_real: 
     """Logits [T, V] over this device's part of the vocabulary, and where in it the targets are."""
     x_TD = hidden_BcD.reshape(-1, hidden_BcD.shape[-1]).astype(jnp.float32)
     first_id = shard_index("vocab") * head_VD.shape[0]
-    logits_TV = jnp.einsum("td,vd->tv", x_TD, head_VD) / temperature
+    logits_TV = _exact("td,vd->tv", x_TD, head_VD) / temperature
     real_1V = first_id + jnp.arange(head_VD.shape[0])[None, :] < num_real
     return jnp.where(real_1V, logits_TV, -1e30), targets_Bc.reshape(-1) - first_id
+
+
+# By default TPUs multiply float32 in bfloat16, and GPUs with ten bits of mantissa.
+_exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:

@@ -61,8 +61,10 @@ def position_scores(
         {"params": params[MODEL]}, tokens_BL, positions_BL, segments_BL, adapters=adapters
     )
     kernel_D = params[SCORE]["kernel"].astype(jnp.float32)
-    # The head is float32 in every run: bfloat16 would round scores to steps of a hundredth.
-    scores_BL = jnp.einsum("bld,d->bl", hidden_BLD.astype(jnp.float32), kernel_D)
+    # The head is float32 in every run: bfloat16 would round scores to steps of a hundredth, and
+    # bfloat16 is in what TPUs multiply float32 if they are not told otherwise.
+    exact = jax.lax.Precision.HIGHEST
+    scores_BL = jnp.einsum("bld,d->bl", hidden_BLD.astype(jnp.float32), kernel_D, precision=exact)
     scores_BL = scores_BL + params[SCORE]["bias"]
     if not calibrated:
         return scores_BL
