@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.config import MeshConfig
@@ -270,6 +271,8 @@ def scatter_sum(x: jax.Array, *, over: tuple[str, ...], into: str, dimension: in
     x = jnp.pad(x, [(0, -length % parts)] + [(0, 0)] * (x.ndim - 1))
     for name in split:
         for groups in _levels(sizes[name]):
+            # Rows of the first dimension one after the other, or it becomes an all-reduce again.
+            x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
             x = jax.lax.psum_scatter(
                 x, name, scatter_dimension=0, tiled=True, axis_index_groups=groups
             )
