@@ -1,6 +1,7 @@
 """Stand-ins for gcloud, kubectl and the like, put first on PATH: they record and answer."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -71,6 +72,9 @@ class Fakes:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell cannot trap a signal that was ignored when it started, as SIGINT is in
+            # whatever runs in the background of a script.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def finish(self, script: str, *arguments: str, **variables: str) -> tuple[int, str, str]:
