@@ -1,7 +1,6 @@
 """Stand-ins for gcloud, kubectl and the like, put first on PATH: they record and answer."""
 
 import os
-import signal
 import subprocess
 from pathlib import Path
 
@@ -65,16 +64,15 @@ class Fakes:
     def start(self, script: str, *arguments: str, **variables: str) -> subprocess.Popen:
         """Starts launch/SCRIPT; its output comes as text."""
         path = f"{self._bin}:{os.environ['PATH']}"
+        # A shell cannot trap a signal that was ignored when it started, as SIGINT is in whatever runs
+        # in the background of a script.
         return subprocess.Popen(
-            ["bash", f"launch/{script}", *arguments],
+            ["env", "--default-signal=INT", "bash", f"launch/{script}", *arguments],
             cwd=ROOT,
             env=os.environ | {"PATH": path} | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # A shell cannot trap a signal that was ignored when it started, as SIGINT is in
-            # whatever runs in the background of a script.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def finish(self, script: str, *arguments: str, **variables: str) -> tuple[int, str, str]:
