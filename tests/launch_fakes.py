@@ -64,8 +64,8 @@ class Fakes:
     def start(self, script: str, *arguments: str, **variables: str) -> subprocess.Popen:
         """Starts launch/SCRIPT; its output comes as text."""
         path = f"{self._bin}:{os.environ['PATH']}"
-        # A shell cannot trap a signal that was ignored when it started, as SIGINT is in what runs in
-        # the background of a script.
+        # A shell cannot trap a signal that was ignored when it started, as SIGINT is in what a
+        # script runs in the background.
         return subprocess.Popen(
             ["env", "--default-signal=INT", "bash", f"launch/{script}", *arguments],
             cwd=ROOT,
