@@ -27,6 +27,8 @@ import statistics
 import sys
 import time
 
+from benchmarks.qwen2 import qwen2_config
+
 PROMPT, NEW = 128, 128
 LONG_PROMPT, LONG_STEPS = 3968, 32  # of the runs with windows: tokens of the prompt, of one timing
 ACCEPT = {1: 2.0, 16: 1.3}
@@ -87,22 +89,9 @@ def their_generate(cfg, params):
     """The function of the eager model in torch."""
     import numpy as np
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
-    config = Qwen2Config(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.d_model,
-        intermediate_size=cfg.d_ff,
-        num_hidden_layers=cfg.num_layers,
-        num_attention_heads=cfg.num_heads,
-        num_key_value_heads=cfg.num_kv_heads,
-        rms_norm_eps=cfg.norm_eps,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    config = qwen2_config(cfg, 2048, pad_token_id=0)
     model = Qwen2ForCausalLM(config).eval()
 
     def tensor(x):

@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 from benchmarks import gpu_figures as figures
 from benchmarks.gpu_figures import say
+from qwen_jax.allocator import GPU_SHARE
 
 GIB = 2**30
 TARGETS_FOR = ("NVIDIA H100", "NVIDIA H200")
@@ -70,7 +71,7 @@ def environment(cache: Path, smoke: bool, xla: str) -> dict[str, str]:
     changes = {
         "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+        "XLA_CLIENT_MEM_FRACTION": str(GPU_SHARE),
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }
     if xla:

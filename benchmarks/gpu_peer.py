@@ -17,30 +17,16 @@ import time
 
 from benchmarks import gpu_figures as figures
 from benchmarks.gpu_figures import Timing, say
+from benchmarks.qwen2 import qwen2_config
 
 ROWS = (4, 2, 1)  # of a microbatch
 
 
 def torch_model(torch, cfg, positions: int, device: str, dtype):
     """A fresh model of the shape of a `ModelConfig`."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
-    config = Qwen2Config(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.d_model,
-        num_hidden_layers=cfg.num_layers,
-        num_attention_heads=cfg.num_heads,
-        num_key_value_heads=cfg.num_kv_heads,
-        intermediate_size=cfg.d_ff,
-        rms_norm_eps=cfg.norm_eps,
-        initializer_range=cfg.init_std,
-        tie_word_embeddings=cfg.tie_embeddings,
-        max_position_embeddings=positions,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        attn_implementation="sdpa",
-    )
+    config = qwen2_config(cfg, positions, attn_implementation="sdpa")
     torch.manual_seed(0)
     with torch.device(device):
         return Qwen2ForCausalLM(config).to(dtype)

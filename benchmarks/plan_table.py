@@ -27,9 +27,7 @@ def main() -> None:
     from qwen_jax.plan.shipped import SHIPPED
 
     if options.only:
-        figures = compile_pair(options.only)
-        with options.json.open("a") as file:
-            file.write(json.dumps(figures) + "\n")
+        keep(compile_pair(options.only), options.json)
         return
     done = read(options.json)
     for name in SHIPPED:
@@ -56,6 +54,12 @@ def compile_pair(name: str) -> dict:
     program = compile_step(*read(parse_flags(arguments(name))))
     figures = report.as_dict(program, timing.estimate(program), None)
     return figures | {"pair": name, "problems": checks.all_problems(program)}
+
+
+def keep(figures: dict, path: Path) -> None:
+    """Adds the figures of a pair to a file."""
+    with path.open("a") as file:
+        file.write(json.dumps(figures) + "\n")
 
 
 def read(path: Path) -> dict[str, dict]:

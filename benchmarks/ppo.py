@@ -36,6 +36,7 @@ import types
 
 import numpy as np
 
+from benchmarks.qwen2 import qwen2_config
 from qwen_jax import allocator
 
 PROMPT, RESPONSE, EPOCHS = 16, 32, 4
@@ -218,23 +219,9 @@ def our_turn(cfg, samples, rollouts_per_turn):
 
 def their_models(cfg):
     """Policy, reference, value and reward model by transformers."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
+    from transformers import Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
-    config = Qwen2Config(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.d_model,
-        num_hidden_layers=cfg.num_layers,
-        num_attention_heads=cfg.num_heads,
-        num_key_value_heads=cfg.num_kv_heads,
-        intermediate_size=cfg.d_ff,
-        rms_norm_eps=cfg.norm_eps,
-        tie_word_embeddings=cfg.tie_embeddings,
-        max_position_embeddings=PROMPT + RESPONSE,
-        num_labels=1,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = qwen2_config(cfg, PROMPT + RESPONSE, num_labels=1)
     language_models = [Qwen2ForCausalLM(config).float() for _ in range(2)]
     return language_models + [Qwen2ForSequenceClassification(config).float() for _ in range(2)]
 

@@ -25,6 +25,8 @@ import time
 
 import numpy as np
 
+from benchmarks.qwen2 import qwen2_config
+
 ROWS, LENGTH = 8, 512
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP_NORM = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 
@@ -117,20 +119,9 @@ def our_step(cfg, tokens, num_microbatches):
 def their_step(cfg, tokens):
     """As `our_step`, by transformers and torch."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
-    config = Qwen2Config(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.d_model,
-        num_hidden_layers=cfg.num_layers,
-        num_attention_heads=cfg.num_heads,
-        num_key_value_heads=cfg.num_kv_heads,
-        intermediate_size=cfg.d_ff,
-        rms_norm_eps=cfg.norm_eps,
-        tie_word_embeddings=cfg.tie_embeddings,
-        max_position_embeddings=LENGTH,
-        use_cache=False,
-    )
+    config = qwen2_config(cfg, LENGTH, use_cache=False)
     model = Qwen2ForCausalLM(config).float().train()
     optimizer = torch.optim.AdamW(
         model.parameters(), LEARNING_RATE, BETAS, EPS, weight_decay=WEIGHT_DECAY

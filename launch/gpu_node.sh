@@ -7,8 +7,6 @@
 # told to stop, it passes the signal on and returns the code of the run. PYTHON chooses the
 # interpreter. --dry-run prints the command.
 set -u
-# JAX takes three quarters of a GPU otherwise; qwen_jax.plan counts on this much.
-export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
 cd "$(dirname "$0")/.." || exit 1
 dry_run=0
 if [ "${1:-}" = --dry-run ]; then

@@ -34,6 +34,7 @@ META_FORMAT = 1
 
 def main(argv: Sequence[str]) -> int:
     """Runs one training command and returns its exit code."""
+    allocator.take_gpu_memory()
     try:
         values = _parse_flags(argv)
         cfg = Config.from_dict(values.config.to_dict())

@@ -1,5 +1,6 @@
-"""What is freed stays with the process."""
+"""What is freed stays with the process; XLA gets the share of a GPU that plans count on."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -29,3 +30,22 @@ def faults(argument: str) -> int:
 def test_a_large_block_costs_its_page_faults_once():
     assert faults("keep") < 100
     assert faults("as it is") > 100
+
+
+SHARE = """
+from jaxlib import xla_client
+from qwen_jax import train
+assert train.main(["train", "--config=configs/1_8b.py", "--dry_run"]) == 0
+print(xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"])
+"""
+
+
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+@pytest.mark.parametrize("given", [None, "0.5"])
+def test_share_of_a_gpu(name, given):
+    """As JAX reads it when it looks for GPUs."""
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_FRACTION")}
+    environment |= {} if given is None else {name: given}
+    command = [sys.executable, "-c", SHARE]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, env=environment).stdout
+    assert float(out.split()[-1]) == (0.92 if given is None else 0.5)

@@ -1,19 +1,23 @@
 """Every shipped pair of preset and hardware, compiled; and each check failing where it should.
 
-Needs the compilers for TPUs and GPUs: `make test-plan`. Skipped where they are not installed.
+Needs the compilers for TPUs and GPUs: `make test-plan`. Skipped where they are not installed. With
+QWEN_JAX_PLANS=FILE the figures of the pairs are kept for `benchmarks.plan_table`.
 """
 
 import importlib.util
+import os
+from pathlib import Path
 
 import jax
 import pytest
 
+from benchmarks import plan_table
 from qwen_jax import losses, sharding
 from qwen_jax.model import transformer
 from qwen_jax.plan import checks, search, timing
 from qwen_jax.plan.__main__ import main, parse_flags, read
 from qwen_jax.plan.program import compile_step
-from qwen_jax.plan.shipped import SHIPPED, arguments
+from qwen_jax.plan.shipped import SHIPPED
 from qwen_jax.stages import pretrain
 from qwen_jax.trainer import step
 
@@ -43,11 +47,11 @@ def run_on(topology: str, *more: str):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_pair(name):
     """It fits (or this raises) and its program is clean."""
-    program = compile_step(*read(parse_flags(arguments(name))))
-    assert checks.all_problems(program) == []
-    assert 0.2 < program.model_flops / (
-        timing.estimate(program).step * program.mesh.size * program.topology.chip.peak_flops
-    ) < 0.85  # fmt: skip
+    figures = plan_table.compile_pair(name)
+    assert figures["problems"] == []
+    assert 0.2 < figures["mfu"] < 0.85
+    if "QWEN_JAX_PLANS" in os.environ:
+        plan_table.keep(figures, Path(os.environ["QWEN_JAX_PLANS"]))
 
 
 def test_7b_on_one_v5e_fails_at_once_with_advice(capsys):

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from qwen_jax.allocator import GPU_SHARE
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -40,8 +42,7 @@ class Chip:
 
 
 GIB = 2**30
-# Memory of TPUs: what their compiler grants. Of GPUs: 92 % of the module's, the share that is
-# given to XLA by XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 in launch/.
+# Memory of TPUs: what their compiler grants. Of GPUs: the share that `train` gives to XLA.
 CHIPS = {
     "v4": Chip("tpu", 275e12, 30.75 * GIB, 1.2e12, 4.5e10, 6.25e9, 1.6e10, torus=3, wraps=4),
     "v5e": Chip("tpu", 197e12, 15.75 * GIB, 8.1e11, 4.5e10, 3.1e9, 1.6e10, torus=2, wraps=16),
@@ -50,11 +51,11 @@ CHIPS = {
                 matmul=0.75),
     "7x": Chip("tpu", 1153e12, 94.75 * GIB, 3.69e12, 4.5e10, 6.25e9, 3.2e10, torus=3, wraps=4,
                matmul=0.75),
-    "h100": Chip("gpu", 989.4e12, 0.92 * 79.1 * GIB, 3.35e12, 4.5e11, 5e10, 5.5e10,
+    "h100": Chip("gpu", 989.4e12, GPU_SHARE * 79.1 * GIB, 3.35e12, 4.5e11, 5e10, 5.5e10,
                  matmul=0.75, attention=0.42),
-    "h200": Chip("gpu", 989.4e12, 0.92 * 139.7 * GIB, 4.8e12, 4.5e11, 5e10, 5.5e10,
+    "h200": Chip("gpu", 989.4e12, GPU_SHARE * 139.7 * GIB, 4.8e12, 4.5e11, 5e10, 5.5e10,
                  matmul=0.75, attention=0.42),
-    "b200": Chip("gpu", 2250e12, 0.92 * 178.3 * GIB, 7.7e12, 9e11, 5e10, 5.5e10,
+    "b200": Chip("gpu", 2250e12, GPU_SHARE * 178.3 * GIB, 7.7e12, 9e11, 5e10, 5.5e10,
                  matmul=0.7, attention=0.42),
 }  # fmt: skip
 

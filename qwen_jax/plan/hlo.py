@@ -10,8 +10,8 @@ import math
 import re
 from collections.abc import Iterator
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
-BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
+BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16, "f16": 2, "f32": 4, "f64": 8}
+BYTES |= {f"{kind}{bits}": bits / 8 for kind in "su" for bits in (1, 2, 4, 8, 16, 32, 64)}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # What takes no time and moves no memory of its own.
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "while"}
@@ -37,7 +37,7 @@ class Array:
     @property
     def num_bytes(self) -> int:
         """Without padding or layout."""
-        width = 1 if self.dtype.startswith("f8") else BYTES.get(self.dtype, 0)
+        width = 1 if self.dtype.startswith("f8") else BYTES[self.dtype]
         return int(math.prod(self.dims) * width)
 
 
