@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from qwen_jax.model import attention
-from qwen_jax.model.attention import BLOCK, attend, make_mask, training_visibility
+from qwen_jax.model.attention import WIDE_BLOCK as BLOCK
+from qwen_jax.model.attention import attend, make_mask, training_visibility
 
 BATCH, HEADS, HEAD_DIM = 2, 4, 16
 LONG = 2 * BLOCK + 64

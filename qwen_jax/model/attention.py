@@ -18,7 +18,9 @@ from qwen_jax.model import kernels
 from qwen_jax.model.kernels import RESIDUALS
 from qwen_jax.sharding import by_shard, gather_over, num_shards, unsharded
 
-BLOCK = 64  # queries per block of the blocked back end
+# Queries per block of the blocked back end: what fits the cache of a CPU that takes one head at a
+# time; and where all heads are taken at once, so many that a long prompt is soon compiled.
+BLOCK, WIDE_BLOCK = 64, 256
 
 
 @flax.struct.dataclass
@@ -207,18 +209,19 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 
 def _over_heads(fn, seen: Visibility, arrays):
-    """`fn(seen of a row, *arrays of a head)` for every row and key head of `arrays` [B, K, ...].
+    """`fn(seen of a row, *arrays of a head, block)` for all rows and key heads [B, K, ...].
 
     An unsharded CPU takes one head at a time: its logits fit the cache, and its products are plain
     matrix products, for which XLA:CPU writes no transposed copies. XLA:CPU runs a loop on one
     thread, so the heads are cut in two loops that run beside each other.
     """
-    over_heads = jax.vmap(lambda row, head: fn(row, *head), in_axes=(None, 0))
+    wide = functools.partial(fn, block=WIDE_BLOCK)
+    over_heads = jax.vmap(lambda row, head: wide(row, *head), in_axes=(None, 0))
     at_once = jax.vmap(over_heads)
     if jax.device_count() > 1 or not unsharded():
         return at_once(seen, arrays)
     # By the platform that is compiled for: a program for a GPU may be compiled on a CPU.
-    in_turn = functools.partial(_head_after_head, fn)
+    in_turn = functools.partial(_head_after_head, functools.partial(fn, block=BLOCK))
     return jax.lax.platform_dependent(seen, arrays, cpu=in_turn, default=at_once)
 
 
@@ -237,10 +240,10 @@ def _head_after_head(fn, seen: Visibility, arrays):
     return jax.tree.map(lambda x: x.reshape(batch, num_kv, *x.shape[1:]), joined)
 
 
-def _blocks(seen: Visibility, length: int):
+def _blocks(seen: Visibility, length: int, block: int):
     """Slices of queries and of the keys they can reach, with the mask [1, L, S] between them."""
-    for start in range(0, length, BLOCK):
-        end = min(start + BLOCK, length)
+    for start in range(0, length, block):
+        end = min(start + block, length)
         first = 0 if seen.window is None else max(0, start - seen.window + 1)
         queries, keys = slice(start, end), slice(first, end)
         yield queries, keys, make_mask(_slice_visibility(seen, queries, keys))[None]
@@ -253,10 +256,10 @@ def _block_logits(q_GLH, k_SH, mask):
     return jnp.where(mask, logits * scale, -1e30)
 
 
-def _forward_head(seen, q_GLH, k_SH, v_SH):
+def _forward_head(seen, q_GLH, k_SH, v_SH, *, block: int):
     """Outputs, and the log-sum-exp of every query's logits; one row and one key head."""
     outs, log_totals = [], []
-    for queries, keys, mask in _blocks(seen, q_GLH.shape[1]):
+    for queries, keys, mask in _blocks(seen, q_GLH.shape[1], block):
         logits = _block_logits(q_GLH[:, queries], k_SH[keys], mask)
         highest = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.where(mask, jnp.exp(logits - highest), 0.0)
@@ -272,14 +275,14 @@ def _forward_head(seen, q_GLH, k_SH, v_SH):
     return jnp.concatenate(outs, axis=1), jnp.concatenate(log_totals, axis=1)
 
 
-def _backward_head(seen, q_GLH, k_SH, v_SH, out, log_total, out_grad):
+def _backward_head(seen, q_GLH, k_SH, v_SH, out, log_total, out_grad, *, block: int):
     """Gradients of queries, keys and values; one row and one key head."""
     scale = q_GLH.shape[-1] ** -0.5
     dtype = q_GLH.dtype
     delta = jnp.sum(out.astype(jnp.float32) * out_grad.astype(jnp.float32), axis=-1, keepdims=True)
     q_grads = []
     k_grad, v_grad = (jnp.zeros(x.shape, jnp.float32) for x in (k_SH, v_SH))
-    for queries, keys, mask in _blocks(seen, q_GLH.shape[1]):
+    for queries, keys, mask in _blocks(seen, q_GLH.shape[1], block):
         q, k, v, upstream = q_GLH[:, queries], k_SH[keys], v_SH[keys], out_grad[:, queries]
         logits = _block_logits(q, k, mask)
         weights = jnp.where(mask, jnp.exp(logits - log_total[:, queries, None]), 0.0)
