@@ -305,13 +305,17 @@ class TestMemory:
         said = search.advice(small_run(), cramped, error.value)
         assert "must be spread" in said and "v5e" in said
 
-    def test_the_activations_are_too_large(self, monkeypatch):
-        said = (
-            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.91G of 15.75G hbm"
-        )
-
+    @pytest.mark.parametrize(
+        "said",
+        [
+            "Ran out of memory in memory space hbm. Used 33.91G of 15.75G hbm",
+            "Ran out of memory on HBM, the total memory required for HLO temporaries (33.91G) "
+            "exceeds available HBM (15.75G).",
+        ],
+    )
+    def test_the_activations_are_too_large(self, said, monkeypatch):
         def compile(self):
-            raise jax.errors.JaxRuntimeError(said)
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}")
 
         monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
         cfg = small_run(remat="none")

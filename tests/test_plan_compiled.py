@@ -70,7 +70,9 @@ def test_a_step_too_large_for_the_compiler(capsys):
         "--config.model.remat=none",
     ]
     assert main([*command, "--config.train.num_microbatches=64"]) == 3
-    assert "should fit" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the compiler needs 49.00 GiB on each device, which has 15.75 GiB" in said
+    assert "should fit" in said
 
 
 def test_search_is_at_least_as_good_as_the_preset():
@@ -78,6 +80,11 @@ def test_search_is_at_least_as_good_as_the_preset():
     given = timing.estimate(compile_step(cfg, topology)).step
     _, found = search.best_setting(cfg, topology, 3, print)
     assert found.step <= given
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x2", "7x:2x2x1", "b200:8"])
+def test_the_step_is_clean_on_chips_without_a_shipped_pair(topology):
+    assert checks.all_problems(compile_step(*run_on(topology, *SMALL))) == []
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

@@ -145,12 +145,18 @@ def _compile(lowered: Any, limit: float) -> Any:
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text:
             raise
-        used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", text)
-        needed = float(used[1]) * 1024 ** (" KMG".index(used[2])) if used else None
+        needed = _needed(text)
         asked = f"{_gib(needed)}" if needed else "more memory"
         raise DoesNotFit(
             f"the compiler needs {asked} on each device, which has {_gib(limit)}", needed
         ) from error
+
+
+def _needed(text: str) -> float | None:
+    """Bytes that the compiler says it needs, at least; libtpu has two ways to put it."""
+    used = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", text)
+    used = used or re.search(r"HLO temporaries \(([\d.]+)([KMG])\) exceeds", text)
+    return float(used[1]) * 1024 ** (" KMG".index(used[2])) if used else None
 
 
 def _gib(num_bytes: float) -> str:
