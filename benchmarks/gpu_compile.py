@@ -109,7 +109,7 @@ def _rollout(name: str, cfg: Config, mesh, topology: Topology) -> dict[str, Call
     num_parts = answers * cfg.train.num_microbatches // cfg.data.batch_size
     measure = measure_fn(cfg.model, ppo, nets, ends, vocab, num_parts)
     with sharding.use_mesh(mesh):
-        policy = everywhere(jax.eval_shape(make_writer(cfg.model, nets), state.params))
+        policy = everywhere(jax.eval_shape(make_writer(cfg.model, ppo, nets), state.params))
         query = {
             "prompt": jax.ShapeDtypeStruct((ppo.queries, ppo.prompt_len), jnp.int32),
             "prompt_len": jax.ShapeDtypeStruct((ppo.queries,), jnp.int32),

@@ -80,6 +80,7 @@ def ppo_config(samples):
         queries=samples,
         responses_per_query=1,  # TRL draws one
         epochs=EPOCHS,
+        gather_policy=True,
         temperature=1.0,
         top_p=0.9,
         value_warmup_steps=0,

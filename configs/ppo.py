@@ -48,6 +48,7 @@ def get_config(argument: str = "7b"):
             "queries": 256,
             "responses_per_query": 2,  # [report]
             "epochs": 2,
+            "gather_policy": True,
             "temperature": 1.0,
             "top_p": 0.9,  # [report]
             "value_warmup_steps": 50,  # [report]

@@ -288,7 +288,7 @@ def _rollout_programs(cfg: Config, nets: Networks) -> dict[str, tuple[Callable, 
     sampling = SamplingConfig(ppo.temperature, 0, ppo.top_p)
     parts = answers * cfg.train.num_microbatches // cfg.data.batch_size
     measure = measure_fn(model, ppo, nets, ends, model.vocab_size, parts)
-    writer = make_writer(model, nets)
+    writer = make_writer(model, ppo, nets)
 
     def draw(params, query, key):
         return draw_answers(

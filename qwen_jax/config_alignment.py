@@ -99,6 +99,9 @@ class PpoConfig:
     prompt_len, response_len: tokens of a query and of an answer at most. queries: queries of one
         rollout. responses_per_query: answers drawn for each. epochs: passes over a rollout; one
         optimizer step takes `data.batch_size` answers.
+    gather_policy: before a rollout each device gets the policy in `model.compute_dtype`, all of it
+        but what `mesh.tensor` splits, so that no weight moves for a token; False where it does not
+        fit: then every layer is gathered for every token.
     temperature, top_p: of the rollouts. The log-probabilities that are trained are those of the
         untruncated distribution at this temperature.
     value_warmup_steps: optimizer steps at the start during which only the value model learns.
@@ -127,6 +130,7 @@ class PpoConfig:
     queries: int
     responses_per_query: int
     epochs: int
+    gather_policy: bool
     temperature: float
     top_p: float
     value_warmup_steps: int

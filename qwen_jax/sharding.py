@@ -160,6 +160,18 @@ def gathered_shape(leaf: Any) -> tuple[int, ...]:
     )
 
 
+def gather_parameters(params: Any, boxed: Any) -> Any:
+    """Parameters with all their shards along `embed` on every device; identity without a mesh.
+
+    boxed: the same tree, its leaves with the names of their logical axes.
+    """
+
+    def gather(box, leaf):
+        return constrain(leaf, *(None if name == "embed" else name for name in box.names))
+
+    return jax.tree.map(gather, boxed, params, is_leaf=lambda leaf: hasattr(leaf, "names"))
+
+
 def bytes_per_device(tree: Any) -> int:
     """Of arrays, abstract or not, that know their sharding."""
     return sum(

@@ -1,8 +1,12 @@
-"""Rollouts and updates of PPO are compiled once, whatever the number of rollouts."""
+"""Rollouts of PPO, compiled: once, whatever their number; and no weight moves for a token."""
 
+import dataclasses
+import functools
 import logging
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import byte_tokenizer, mesh_of, tiny_config, tiny_optimizer
@@ -10,12 +14,14 @@ from tiny import byte_tokenizer, mesh_of, tiny_config, tiny_optimizer
 from qwen_jax import sharding
 from qwen_jax.config import PpoConfig
 from qwen_jax.data.batch import to_devices
+from qwen_jax.generate.sampling import SamplingConfig
+from qwen_jax.plan import hlo
 from qwen_jax.stages import ppo_stage
-from qwen_jax.stages.experience import Ends
+from qwen_jax.stages.experience import Ends, draw_answers, make_writer
 from qwen_jax.stages.networks import networks
 from qwen_jax.stages.rollout import Rollouts
 from qwen_jax.text import chatml
-from qwen_jax.trainer.state import create_state
+from qwen_jax.trainer.state import create_state, state_shardings
 from qwen_jax.trainer.step import make_train_step
 
 ANSWERS, PROMPT, RESPONSE, EPOCHS = 4, 4, 6, 2
@@ -26,6 +32,7 @@ PPO = PpoConfig(
     queries=ANSWERS,
     responses_per_query=1,
     epochs=EPOCHS,
+    gather_policy=True,
     temperature=1.0,
     top_p=0.9,
     value_warmup_steps=0,
@@ -101,3 +108,40 @@ def test_a_second_rollout_compiles_nothing(devices, caplog):
     # The first shows that what is compiled would be seen.
     assert any("jit(step)" in text for text in compiled[0]), compiled[0]
     assert compiled[1] == []
+
+
+def drawn(gather: bool):
+    """Answers of four sharded models, and what devices send each other for one token."""
+    cfg, mesh = tiny_config(), mesh_of(8, data=2, fsdp=2, tensor=2)
+    ppo = dataclasses.replace(PPO, gather_policy=gather)
+    nets = networks(cfg, None)
+    boxed = nets.init(jax.random.key(0))
+    larger = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, nn.unbox(boxed))
+    params = jax.device_put(larger, state_shardings(boxed, mesh))
+    draw = jax.jit(
+        functools.partial(
+            draw_answers, cfg=cfg, ppo=ppo, ends=Ends((0,), 0, 1, 2), num_real=cfg.vocab_size,
+            sampling=SamplingConfig(1.0, 0, 0.9),
+        )
+    )  # fmt: skip
+    query = Queries(mesh).next(None)
+    with sharding.use_mesh(mesh):
+        policy = make_writer(cfg, ppo, nets)(params)
+        rows = draw(policy, query, jax.random.key(1))
+        text = draw.lower(policy, query, jax.random.key(1)).compile().as_text()
+    found = hlo.collectives(hlo.parse(text))
+    sent = [one for one in found if "while/body" in one.op_name and one.kind == "all-gather"]
+    sizes = {array.dims for one in sent for array in one.arrays}
+    return np.asarray(rows["tokens"]), sizes, cfg
+
+
+def test_no_weight_moves_for_a_token():
+    tokens, sizes, cfg = drawn(gather=True)
+    same, moved, _ = drawn(gather=False)
+    np.testing.assert_array_equal(tokens, same)
+    up = {cfg.d_model, cfg.d_ff // 2}
+    assert any(set(dims) >= up for dims in moved), (
+        "without gathering, weights would be seen to move"
+    )
+    assert not any(set(dims) >= up for dims in sizes)
+    assert jnp.unique(tokens).size > 4

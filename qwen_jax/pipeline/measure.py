@@ -133,7 +133,7 @@ def _answers(judge: Judge, queries: dict, tree: Any, draws: int, sampling: Sampl
     ppo = dataclasses.replace(judge.ppo, responses_per_query=draws)
     nets = networks(cfg, None)
     rows = draw_answers(
-        make_writer(cfg, nets)(tree), queries, jax.random.key(0), cfg=cfg, ppo=ppo,
+        make_writer(cfg, ppo, nets)(tree), queries, jax.random.key(0), cfg=cfg, ppo=ppo,
         ends=ends, num_real=tokenizer.vocab_size, sampling=sampling,
     )  # fmt: skip
     parts = len(rows["ended"]) // len(queries["prompt_len"])

@@ -16,6 +16,7 @@ from qwen_jax.config import ModelConfig, PpoConfig
 from qwen_jax.generate.decode import decode, unrolled
 from qwen_jax.generate.sampling import SamplingConfig
 from qwen_jax.model import kernels, scalar
+from qwen_jax.stages import pretrain
 from qwen_jax.stages.networks import REWARD, Networks
 from qwen_jax.stages.ppo import ANSWER_FIELDS, ROW_FIELDS, answer_log_probs, answer_values
 
@@ -33,14 +34,20 @@ class Ends(NamedTuple):
     pad: int
 
 
-def make_writer(cfg: ModelConfig, nets: Networks) -> Callable[[Any], Any]:
-    """The tree of all models -> the policy as `decode` reads it, in the compute dtype."""
+def make_writer(cfg: ModelConfig, ppo: PpoConfig, nets: Networks) -> Callable[[Any], Any]:
+    """The tree of all models -> the policy as `decode` reads it, in the compute dtype.
+
+    With `ppo.gather_policy` a mesh gathers it here, once, and not layer by layer for every token.
+    """
     dtype = jnp.dtype(cfg.compute_dtype)
+    boxed = jax.eval_shape(pretrain.init_fn(cfg), jax.random.key(0))
 
     @jax.jit
     def write(params):
-        policy = unrolled(nets.writer(params), cfg=cfg)
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), policy)
+        policy = jax.tree.map(lambda leaf: leaf.astype(dtype), nets.writer(params))
+        if ppo.gather_policy:
+            policy = sharding.gather_parameters(policy, boxed)
+        return unrolled(policy, cfg=cfg)
 
     return write
 

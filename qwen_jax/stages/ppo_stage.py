@@ -157,7 +157,7 @@ def make_asker(
 ) -> Callable[[Any, dict[str, np.ndarray], jax.Array], Asked]:  # fmt: skip
     """(tree of the models, rows of prompts, key) -> the policy's answers and their scores."""
     single = dataclasses.replace(ppo, responses_per_query=1)
-    writer = make_writer(model, nets)
+    writer = make_writer(model, ppo, nets)
     replicated = sharding.replicated(mesh)
 
     @functools.partial(jax.jit, out_shardings=replicated)

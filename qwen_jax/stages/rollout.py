@@ -92,7 +92,7 @@ class Rollouts:
         self._minibatch_size = minibatch_size
         answers = ppo.queries * ppo.responses_per_query
         self._num_answers = answers
-        self._writer = make_writer(cfg, nets)
+        self._writer = make_writer(cfg, ppo, nets)
         self._draw = functools.partial(
             draw_answers, cfg=cfg, ppo=ppo, ends=ends, num_real=num_real,
             sampling=SamplingConfig(ppo.temperature, 0, ppo.top_p),
