@@ -39,7 +39,7 @@ from qwen_jax.stages.weights import weights_of
 from qwen_jax.text import chatml
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.trainer.optimizer import make_optimizer, make_schedule
-from qwen_jax.trainer.stage import Skeleton, Stage
+from qwen_jax.trainer.stage import Between, Skeleton, Stage
 from qwen_jax.trainer.state import subkey
 
 
@@ -278,10 +278,11 @@ def _ppo_skeleton(cfg: Config) -> Skeleton:
     loss = ppo_loss_fn(cfg.model, ppo, nets, cfg.model.vocab_size, text_loss)
     tx = make_tx(cfg.optimizer, ppo, cfg.train.steps)
     cost = ppo_stage.batch_cost(cfg.model, ppo, (rows, cfg.data.seq_len))
-    return Skeleton(nets.init, loss, tx, nets.trained, batch, *cost, _rollout_programs(cfg, nets))
+    between, steps = _rollout_programs(cfg, nets), ppo.updates_per_rollout(rows)
+    return Skeleton(nets.init, loss, tx, nets.trained, batch, *cost, between, steps)
 
 
-def _rollout_programs(cfg: Config, nets: Networks) -> dict[str, tuple[Callable, Any]]:
+def _rollout_programs(cfg: Config, nets: Networks) -> dict[str, Between]:
     """What PPO computes between its steps. The ids that end an answer change no shape."""
     model, ppo, ends = cfg.model, cfg.ppo, Ends((0,), 0, 1, 2)
     answers = ppo.queries * ppo.responses_per_query
@@ -302,8 +303,8 @@ def _rollout_programs(cfg: Config, nets: Networks) -> dict[str, tuple[Callable, 
     rows |= _shapes((answers, ppo.response_len), ("mask",), jnp.float32)
     rows |= _shapes((answers,), ("ended",), jnp.float32)
     return {
-        "drawing answers": (draw, query),
-        "measuring them": (lambda params, rows, key: measure(params, rows), rows),
+        "drawing answers": Between(draw, query, ppo.response_len),
+        "measuring them": Between(lambda params, rows, key: measure(params, rows), rows),
     }
 
 

@@ -34,8 +34,9 @@ def tiny_ppo(**changes) -> PpoConfig:
     cfg = PpoConfig(
         reward_from="unused", prompt_len=40, response_len=8, queries=8, responses_per_query=2,
         epochs=2, gather_policy=True, temperature=1.0, top_p=0.9, value_warmup_steps=0,
-        kl_coef=0.04, kl_estimator="k1", clip_ratio=0.2, clip_value=0.15, discount=1.0, gae_lambda=0.95,
-        whiten_advantages=True, reward_clip=10.0, scale_rewards=False, missing_end_penalty=1.0,
+        kl_coef=0.04, kl_estimator="k1", clip_ratio=0.2, clip_value=0.15,
+        discount=1.0, gae_lambda=0.95, whiten_advantages=True, reward_clip=10.0,
+        scale_rewards=False, missing_end_penalty=1.0,
         calibration_queries=0, value_lr=1e-2, pretrain_data="", pretrain_coef=0.0,
         pretrain_rows=0, ratio_tolerance=1e-5, max_kl=0.0, eval_data="", eval_queries=0,
     )  # fmt: skip

@@ -41,6 +41,21 @@ def small_run(**model) -> Config:
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **(size | model)))
 
 
+def small_ppo(response_len: int, queries: int = 64) -> Config:
+    """PPO with the model of `small_run`."""
+    from configs import ppo
+
+    values = ppo.get_config("1_8b")
+    values.init_from, values.data.train = "BASE", "chat:DATA"
+    values.data.update(batch_size=32, seq_len=ROW, virtual_shards=8)
+    values.train.update(steps=400, num_microbatches=2, eval_every=400)
+    values.checkpoint.every_steps = 400
+    values.ppo.update(reward_from="RM", prompt_len=16, response_len=response_len, queries=queries)
+    values.ppo.update(responses_per_query=1, epochs=1)
+    model = dataclasses.replace(small_run().model, vocab_size=1024)
+    return dataclasses.replace(Config.from_dict(values.to_dict()), model=model)
+
+
 @functools.cache
 def planned():
     return compile_step(small_run(), eight_devices())
@@ -184,8 +199,8 @@ class TestFlops:
         again = (once - 6 * model.vocab_size * model.d_model) / 3
         again -= 2 * model.num_layers * model.d_model * model.d_ff  # no gradient needs `down`
         expected = tokens * (once + (forward_passes - 1) * again)
-        assert program.attention == 0
-        assert program.products == pytest.approx(expected, rel=1e-3)
+        assert program.work.attention == 0
+        assert program.work.products == pytest.approx(expected, rel=1e-3)
 
     def test_an_unknown_kernel_is_not_passed_over(self):
         from jax.experimental import pallas
@@ -251,15 +266,16 @@ class TestChecks:
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, num_microbatches=1))
         for times, clean in ((1, True), (2, False)):
             text = head + "".join(line.format(n) for n in range(times)) + "}\n"
-            program = dataclasses.replace(planned(), config=cfg, module=hlo.parse(text))
+            work = dataclasses.replace(planned().work, module=hlo.parse(text))
+            program = dataclasses.replace(planned(), config=cfg, work=work)
             assert (checks.attention_runs(program) == []) == clean
 
     def test_residuals_are_what_saves_the_second_run(self, monkeypatch):
         """Without them the backward pass computes the attention's products once more."""
         cfg = small_run(remat="save_matmuls")
-        kept = compile_step(cfg, eight_devices()).products
+        kept = compile_step(cfg, eight_devices()).work.products
         monkeypatch.setattr(transformer, "RESIDUALS", "another name")
-        assert compile_step(cfg, eight_devices()).products > 1.005 * kept
+        assert compile_step(cfg, eight_devices()).work.products > 1.005 * kept
 
 
 class TestTiming:
@@ -291,6 +307,44 @@ class TestTiming:
         module = compiled(one_row_at_a_time, (512, 4096))
         array = 512 * 4096 * 4
         assert array < timing.traffic(module) < 6 * array
+
+
+class TestBetweenSteps:
+    def test_an_open_loop_turns_as_often_as_it_is_said(self):
+        """The matrix is read in every turn, and multiplied."""
+
+        def until_large(x, w):
+            return jax.lax.while_loop(lambda x: jnp.sum(x) < 1e9, lambda x: x @ w, x)
+
+        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 512), (512, 512))]
+        traced = jax.jit(until_large).trace(*shapes)
+        assert flops.open_loops(traced.jaxpr) == 1
+        text = traced.lower().compile().as_text()
+        once, often = (timing.product_traffic(hlo.parse(text, turns)) for turns in (1, 100))
+        assert once == pytest.approx(4 * 512 * 514) and often == 100 * once
+        assert flops.count(traced.jaxpr, 100)[0] == 100 * flops.count(traced.jaxpr)[0] > 0
+
+    def test_rollouts_take_time_and_memory(self):
+        """Twice the tokens, about twice the time to draw them; each update has its share of it."""
+        short, long = (compile_step(small_ppo(length), eight_devices()) for length in (64, 128))
+        figures = report.as_dict(long, price=None)
+        names = ["drawing answers", "measuring them"]
+        assert list(figures["between_steps"]) == names and figures["steps_between"] == 2
+        drawing = [timing.between(program)[names[0]] for program in (short, long)]
+        assert 1.7 < drawing[1].step / drawing[0].step < 3
+        assert drawing[1].products > drawing[1].attention  # weights are read for every token
+        share = sum(x.step for x in timing.between(long).values()) / 2
+        assert timing.with_between(long) == timing.estimate(long).step + share
+        assert figures["days"] == 400 * timing.with_between(long) / 86_400
+        assert "drawing answers, once in 2 steps: peak" in report.as_text(figures)
+
+    def test_a_rollout_that_does_not_fit(self, monkeypatch):
+        """XLA for CPUs counts only arguments and results in a peak: without the first check."""
+        cfg = small_ppo(128, queries=512)
+        needed = compile_step(cfg, eight_devices()).between["measuring them"].peak
+        monkeypatch.setattr("qwen_jax.plan.program.state_bytes", lambda cfg, mesh: (0, 0))
+        with pytest.raises(DoesNotFit, match="measuring them needs .* ppo.gather_policy"):
+            compile_step(cfg, eight_devices(_slow(memory=needed - 1)))
 
 
 def _slow(**changes) -> Chip:
@@ -347,7 +401,7 @@ class TestSearch:
         cfg = small_run()
         best = search.best_setting(cfg, eight_devices(), 3, said.append)
         assert best is not None and len(said) == 3
-        program, found = best
+        found = timing.estimate(best)
         assert found.step <= timing.estimate(planned()).step
         assert f"{found.step:.2f}" in " ".join(said)
 
@@ -367,7 +421,7 @@ class TestReport:
     def test_figures_and_page(self):
         program = planned()
         found = timing.estimate(program)
-        figures = report.as_dict(program, found, price=2.0)
+        figures = report.as_dict(program, price=2.0)
         assert figures["devices"] == 8 and figures["mesh"] == {"fsdp": 8}
         assert figures["days"] == pytest.approx(400 * found.step / 86_400)
         assert figures["cost"] == pytest.approx(figures["days"] * 24 * 8 * 2.0)

@@ -16,7 +16,6 @@ from qwen_jax import commandline, sharding
 from qwen_jax.config import Config
 from qwen_jax.plan import hardware, report, search
 from qwen_jax.plan.program import DoesNotFit, compile_step
-from qwen_jax.plan.timing import estimate
 from qwen_jax.train import EXIT_CONFIG, check_mesh, resolve_backend
 
 EXIT_DOES_NOT_FIT = 3
@@ -39,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_DOES_NOT_FIT
     if values.hlo:
         Path(values.hlo).write_text(program.text)
-    _write(report.as_dict(program, estimate(program), values.price), values)
+    _write(report.as_dict(program, values.price), values)
     return 0
 
 
@@ -62,9 +61,8 @@ def _search(cfg: Config, topology: hardware.Topology, values: flags.FlagValues) 
     if best is None:
         _log("does not fit: none of the settings tried")
         return EXIT_DOES_NOT_FIT
-    program, found = best
-    _write(report.as_dict(program, found, values.price), values)
-    changes = report.overrides(program.config, cfg)
+    _write(report.as_dict(best, values.price), values)
+    changes = report.overrides(best.config, cfg)
     print(f"best setting found: {changes or 'the one that was given'}")
     return 0
 

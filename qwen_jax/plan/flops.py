@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import jax
 from jax.extend import core
 
 # Products that splash's kernels make of queries and keys. The backward pass makes 5 in one kernel
@@ -11,12 +10,13 @@ from jax.extend import core
 _SPLASH_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
 
 
-def count(jaxpr: Any) -> tuple[float, float]:
+def count(jaxpr: Any, open_turns: float = 1.0) -> tuple[float, float]:
     """(FLOPs of matrix products, FLOPs of fused attention) of a whole program over all devices.
 
-    Loops count as often as they turn, `while` loops once. Causal kernels count half of the square.
+    Loops count as often as they turn, those whose end depends on the data `open_turns` times.
+    Causal kernels count half of the square.
     """
-    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+    jaxpr = _inner(jaxpr)
     products, attention = 0.0, 0.0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
@@ -27,11 +27,24 @@ def count(jaxpr: Any) -> tuple[float, float]:
         elif name.startswith("dot_product_attention"):
             attention += _cudnn(eqn)
         else:
-            times = _times(eqn)
+            times = open_turns if name == "while" else _times(eqn)
             for inner in core.jaxprs_in_params(eqn.params):
-                more = count(inner)
+                more = count(inner, open_turns)
                 products, attention = products + times * more[0], attention + times * more[1]
     return products, attention
+
+
+def open_loops(jaxpr: Any) -> int:
+    """How many loops end when their data say so."""
+    found = 0
+    for eqn in _inner(jaxpr).eqns:
+        found += eqn.primitive.name == "while"
+        found += sum(open_loops(inner) for inner in core.jaxprs_in_params(eqn.params))
+    return found
+
+
+def _inner(jaxpr: Any) -> Any:
+    return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
 
 
 def _times(eqn) -> float:
@@ -70,8 +83,3 @@ def _cudnn(eqn) -> float:
     queries = eqn.invars[0].aval  # [B, L, N, H]
     products = 5 if "bwd" in eqn.primitive.name else 2
     return products * _square(queries.shape, -3)
-
-
-def of(traced: jax.stages.Traced) -> tuple[float, float]:
-    """`count` of what `jax.jit(fn).trace(...)` gives."""
-    return count(traced.jaxpr)

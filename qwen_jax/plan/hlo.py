@@ -83,10 +83,14 @@ Computations = dict[str, dict[str, Instruction]]
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program: instructions by computation and name."""
+    """A program: instructions by computation and name.
+
+    open_turns: how often a loop turns of which the program does not say it.
+    """
 
     computations: Computations
     entry: str
+    open_turns: float = 1.0
 
     @functools.cached_property
     def runs(self) -> dict[str, float]:
@@ -135,7 +139,7 @@ class Module:
                     yield instruction, name, self.runs[name]
 
 
-def parse(text: str) -> Module:
+def parse(text: str, open_turns: float = 1.0) -> Module:
     """The module of `compiled.as_text()`.
 
     Raises:
@@ -154,7 +158,7 @@ def parse(text: str) -> Module:
             block[found[2]] = _instruction(found[2], found[3], bool(found[1]))
     if not entry:
         raise ValueError("no ENTRY computation: this is not the text of a compiled module")
-    return Module(computations, entry)
+    return Module(computations, entry, open_turns)
 
 
 def _joined(text: str) -> Iterator[str]:
@@ -216,7 +220,7 @@ def _callers_first(module: Module) -> list[str]:
 def trip_count(module: Module, where: str, loop: Instruction) -> float:
     """How often a loop turns.
 
-    The compiler says it, or it counts from a constant to a constant; else 1 is assumed.
+    The compiler says it, or it counts from a constant to a constant; else `open_turns`.
     """
     known = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.rest)
     if known:
@@ -226,11 +230,11 @@ def trip_count(module: Module, where: str, loop: Instruction) -> float:
     root = next(x for x in condition.values() if x.is_root)
     compare = root if root.opcode == "compare" else _compare_in(module, root)
     if compare is None:
-        return 1.0
+        return module.open_turns
     limits = [x for x in condition.values() if x.opcode == "constant" and _is_integer(x)]
     counters = [x for x in condition.values() if x.opcode == "get-tuple-element"]
     if len(limits) != 1 or len(counters) != 1:
-        return 1.0
+        return module.open_turns
     index = int(re.search(r"index=(\d+)", counters[0].rest)[1])
     start = _constant_element(module.computations[where], loop.operands[0], index)
     step = _increment(body, index)
@@ -239,7 +243,9 @@ def trip_count(module: Module, where: str, loop: Instruction) -> float:
 
 
 def _is_integer(instruction: Instruction) -> bool:
-    return re.fullmatch(r"-?\d+", instruction.operands[0]) is not None
+    """Whether a constant is a whole number; floats are written like that too."""
+    whole = re.fullmatch(r"-?\d+", instruction.operands[0]) is not None
+    return whole and instruction.arrays[0].dtype[0] in "su"
 
 
 def _compare_in(module: Module, root: Instruction) -> Instruction | None:

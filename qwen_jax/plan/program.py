@@ -37,26 +37,49 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
+class Work:
+    """What a compiled program does.
+
+    module: its HLO, read. products, attention: FLOPs over all devices, with recomputation.
+    """
+
+    module: hlo.Module
+    products: float
+    attention: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    """A program that runs between steps. peak: bytes on one device at the worst moment."""
+
+    work: Work
+    peak: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """A compiled step.
 
-    text: of its HLO; module: the same, read. products, attention: FLOPs of one step over all
-    devices, with recomputation. tokens, model_flops: of one step, as `Stage` counts them. between:
-    bytes on one device at the worst moment of what runs between steps, by what it does.
+    text: of its HLO. tokens, model_flops: of one step, as `Stage` counts them. between: by what
+    they do, the programs that run once in `steps_between` steps.
     """
 
     config: Config
     topology: Topology
     mesh: jax.sharding.Mesh
     text: str
-    module: hlo.Module
+    work: Work
     memory: Memory
-    products: float
-    attention: float
     tokens: int
     model_flops: float
     compile_secs: float
-    between: dict[str, int]
+    between: dict[str, Other]
+    steps_between: int
+
+    @property
+    def module(self) -> hlo.Module:
+        """The HLO of the step, read."""
+        return self.work.module
 
 
 def state_bytes(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
@@ -88,7 +111,6 @@ def compile_step(cfg: Config, topology: Topology) -> Program:
     # Kernels ask which device they are for.
     with jax.default_device(topology.devices[0]), sharding.use_mesh(mesh):
         traced = jit_train_step(stage, cfg.train.num_microbatches).trace(state, batch)
-        products, attention = flops.of(traced)
         start = time.perf_counter()
         compiled = _compile(traced.lower(), limit)
         secs = time.perf_counter() - start
@@ -108,34 +130,42 @@ def compile_step(cfg: Config, topology: Topology) -> Program:
             memory.peak,
         )
     text = compiled.as_text()
-    module = hlo.parse(text)
     return Program(
-        cfg, topology, mesh, text, module, memory, products, attention,
-        stage.tokens_per_batch, stage.flops_per_batch, secs, between,
+        cfg, topology, mesh, text, _work(traced, text), memory, stage.tokens_per_batch,
+        stage.flops_per_batch, secs, between, stage.steps_between,
     )  # fmt: skip
+
+
+def _work(traced: Any, text: str, turns: int = 0) -> Work:
+    """turns: those of all loops together that end when the data say so; each has its share."""
+    loops = flops.open_loops(traced.jaxpr)
+    share = turns / loops if turns and loops else 1.0
+    return Work(hlo.parse(text, share), *flops.count(traced.jaxpr, share))
 
 
 def _between_steps(
     stage: Skeleton, state: TrainState, mesh: jax.sharding.Mesh, limit: float
-) -> dict[str, int]:
-    """Peaks of the other programs of a stage, the moments beside them included.
+) -> dict[str, Other]:
+    """The other programs of a stage, the moments beside them included in their peaks.
 
     Raises:
       DoesNotFit: one of them is too large.
     """
-    peaks = {}
-    for name, (fn, rows) in stage.others.items():
+    found = {}
+    for name, (fn, rows, turns) in stage.between.items():
         rows = sharding.abstract_batch(rows, mesh)
-        compiled = _compile(jax.jit(fn).lower(state.params, rows, state.key), limit)
-        peaks[name] = compiled.memory_analysis().peak_memory_in_bytes
-        peaks[name] += sharding.bytes_per_device(state.opt_state)
-        if peaks[name] > limit:
+        traced = jax.jit(fn).trace(state.params, rows, state.key)
+        compiled = _compile(traced.lower(), limit)
+        peak = compiled.memory_analysis().peak_memory_in_bytes
+        peak += sharding.bytes_per_device(state.opt_state)
+        if peak > limit:
             raise DoesNotFit(
-                f"{name} needs {_gib(peaks[name])} on each device, which has {_gib(limit)}; fewer "
-                "ppo.queries at once, or more shards",
-                peaks[name],
+                f"{name} needs {_gib(peak)} on each device, which has {_gib(limit)}; fewer "
+                "ppo.queries at once, more shards, or ppo.gather_policy = False",
+                peak,
             )
-    return peaks
+        found[name] = Other(_work(traced, compiled.as_text(), turns), peak)
+    return found
 
 
 def _compile(lowered: Any, limit: float) -> Any:

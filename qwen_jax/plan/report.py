@@ -3,19 +3,20 @@
 from typing import Any
 
 from qwen_jax.config import Config
+from qwen_jax.plan import timing
 from qwen_jax.plan.program import Program
-from qwen_jax.plan.timing import Estimate
 
 GIB = 2**30
 SECS_PER_DAY = 86_400
 
 
-def as_dict(program: Program, estimate: Estimate, price: float | None) -> dict[str, Any]:
+def as_dict(program: Program, price: float | None) -> dict[str, Any]:
     """All figures of a plan. price: of one device for one hour, in whatever currency."""
     cfg, chip, memory = program.config, program.topology.chip, program.memory
-    devices, step = program.mesh.size, estimate.step
-    days = cfg.train.steps * step / SECS_PER_DAY
-    rows = cfg.data.batch_size // cfg.train.num_microbatches
+    estimate, between = timing.estimate(program), timing.between(program)
+    devices, step, whole = program.mesh.size, estimate.step, timing.with_between(program)
+    days = cfg.train.steps * whole / SECS_PER_DAY
+    rows, work = cfg.data.batch_size // cfg.train.num_microbatches, program.work
     figures: dict[str, Any] = {
         "config": cfg.name,
         "stage": cfg.stage,
@@ -36,7 +37,15 @@ def as_dict(program: Program, estimate: Estimate, price: float | None) -> dict[s
             "headroom": (chip.memory - memory.peak) / GIB,
             "host": memory.host / GIB,
         },
-        "between_steps_gib": {name: peak / GIB for name, peak in program.between.items()},
+        "between_steps": {
+            name: {
+                "peak_gib": other.peak / GIB,
+                "secs": between[name].step,
+                "bound": between[name].bound,
+            }
+            for name, other in program.between.items()
+        },
+        "steps_between": program.steps_between,
         "collectives": [
             {"kind": x.kind, "over": x.link, "calls": x.calls, "gb": x.sent / 1e9, "secs": x.secs}
             for x in estimate.exchanges
@@ -52,9 +61,9 @@ def as_dict(program: Program, estimate: Estimate, price: float | None) -> dict[s
             "host": estimate.host,
         },
         "mfu": program.model_flops / (step * devices * chip.peak_flops),
-        "recomputation": (program.products + program.attention) / program.model_flops - 1,
-        "tokens_per_sec": program.tokens / step,
-        "tokens_per_day": program.tokens / step * SECS_PER_DAY,
+        "recomputation": (work.products + work.attention) / program.model_flops - 1,
+        "tokens_per_sec": program.tokens / whole,
+        "tokens_per_day": program.tokens / whole * SECS_PER_DAY,
         "tokens": program.tokens * cfg.train.steps,
         "days": days,
     }
@@ -78,10 +87,11 @@ def as_text(figures: dict[str, Any]) -> str:
         f"headroom {memory['headroom']:.2f}"
         + (f", on the host {memory['host']:.2f}" if memory["host"] else ""),
     ]
-    between = figures["between_steps_gib"].items()
-    if between:
-        peaks = ", ".join(f"{name} {peak:.2f}" for name, peak in between)
-        lines.append(f"peak between steps: {peaks} GiB")
+    for name, other in figures["between_steps"].items():
+        lines.append(
+            f"{name}, once in {figures['steps_between']} steps: peak {other['peak_gib']:.2f} GiB, "
+            f"modelled {other['secs']:.2f} s, bound by {other['bound']}"
+        )
     lines.append("what one device sends in a step:")
     for x in figures["collectives"]:
         lines.append(

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 import jax
 
 from qwen_jax import sharding
-from qwen_jax.config import REMAT_POLICIES, Config, MeshConfig, ModelConfig
+from qwen_jax.config import REMAT_POLICIES, Config, MeshConfig, ModelConfig, PpoConfig
 from qwen_jax.plan.hardware import CHIPS, GPUS_PER_NODE, Topology
 from qwen_jax.plan.program import DoesNotFit, Program, compile_step, state_bytes
-from qwen_jax.plan.timing import Estimate, estimate
+from qwen_jax.plan.timing import with_between
 from qwen_jax.train import check_mesh
 
 GIB = 2**30
@@ -36,17 +36,18 @@ class Guess:
 
 def best_setting(
     cfg: Config, topology: Topology, compilations: int, log: Callable
-) -> tuple[Program, Estimate] | None:
+) -> Program | None:
     """The fastest of the settings that fit, by the modelled step; None when none of them does.
 
-    The setting that was given is among them. compilations: how many are compiled at most.
+    A step has its share of what runs between steps. The setting that was given is among them.
+    compilations: how many are compiled at most.
     """
     limit = topology.chip.memory
     given = guess(cfg, topology, _mesh(cfg, topology))
     others = [g for g in _guesses(cfg, topology) if g.num_bytes < LIKELY * limit]
     others = [g for g in others if g.config != given.config]
     others.sort(key=lambda g: g.secs)
-    best: tuple[Program, Estimate] | None = None
+    best: tuple[float, Program] | None = None
     for one in [given, *others[: compilations - 1]]:
         label = setting(one.config)
         try:
@@ -54,12 +55,12 @@ def best_setting(
         except DoesNotFit as error:
             log(f"{label}: {error}")
             continue
-        found = estimate(program)
-        peak = program.memory.peak / GIB
-        log(f"{label}: modelled step {found.step:.2f} s, peak {peak:.1f} GiB")
-        if best is None or found.step < best[1].step:
-            best = program, found
-    return best
+        secs = with_between(program)
+        peak = max(program.memory.peak, *(other.peak for other in program.between.values()), 0)
+        log(f"{label}: modelled step {secs:.2f} s, peak {peak / GIB:.1f} GiB")
+        if best is None or secs < best[0]:
+            best = secs, program
+    return None if best is None else best[1]
 
 
 def setting(cfg: Config) -> str:
@@ -189,8 +190,20 @@ def guess(cfg: Config, topology: Topology, mesh: jax.sharding.Mesh) -> Guess:
     inside = 2 * tokens * (12 * model.d_model + (6 * heads + 6 * model.d_ff) / tensor)
     chunk = rows * min(model.loss_chunk, cfg.data.seq_len) * model.vocab_size / tensor * 10
     head = 6 * model.vocab_size * model.d_model / tensor
-    state = sum(state_bytes(cfg, mesh))
-    return Guess(cfg, secs, state + kept + max(inside, chunk + head))
+    held, gradients = state_bytes(cfg, mesh)
+    num_bytes = held + gradients + kept + max(inside, chunk + head)
+    if cfg.ppo is not None:
+        drawing, policy = _drawing(cfg.ppo, topology, 2 * weights / tensor)
+        secs += drawing / cfg.ppo.updates_per_rollout(cfg.data.batch_size)
+        num_bytes = max(num_bytes, held + policy)
+    return Guess(cfg, secs, num_bytes)
+
+
+def _drawing(ppo: PpoConfig, topology: Topology, policy: float) -> tuple[float, float]:
+    """Seconds of drawing answers and bytes for it, with a policy of so many bytes on a device."""
+    if ppo.gather_policy:
+        return ppo.response_len * policy / topology.chip.memory_bandwidth, policy
+    return ppo.response_len * policy / _bandwidth(topology, len(topology.devices)), 0.0
 
 
 def _row_length(cfg: Config) -> int:

@@ -32,7 +32,8 @@ SHIPPED = {
     "sft 7b v5p:2x4x4": f"configs/sft.py:7b --topology=v5p:2x4x4 {_ALIGN}",
     "sft 7b lora h100:1": f"configs/sft.py:7b,lora --topology=h100:1 {_ALIGN}",
     "reward 7b h100:8": f"configs/reward.py:7b --topology=h100:8 {_ALIGN}",
-    "ppo 7b v5p:2x4x4": f"configs/ppo.py:7b --topology=v5p:2x4x4 {_PPO}",
+    "ppo 7b v5p:2x4x4": f"configs/ppo.py:7b --topology=v5p:2x4x4 {_PPO} "
+    "--config.train.num_microbatches=1",
 }
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 
 from qwen_jax.plan import hlo
 from qwen_jax.plan.hardware import Topology
-from qwen_jax.plan.program import Program
+from qwen_jax.plan.program import Program, Work
 
 # Products outside of fusions, by what they call.
 _PRODUCTS = ("cublas", "gemm", "tpu_custom_call", "cudnn", "fmha")
@@ -31,8 +31,9 @@ class Exchange:
 class Estimate:
     """Seconds of one step on each resource. products and attention follow each other and memory.
 
-    memory: what is moved by other instructions than products. links, network, host: bytes between
-    devices of a slice or node, between slices or nodes, and between device and host.
+    products: their arithmetic or, where that takes longer, their operands and results on the way to
+    and from memory. memory: what is moved by other instructions. links, network, host: bytes
+    between devices of a slice or node, between slices or nodes, and between device and host.
     """
 
     products: float
@@ -62,23 +63,39 @@ class Estimate:
 
 def estimate(program: Program) -> Estimate:
     """The times of one step."""
+    return _of_work(program, program.work)
+
+
+def between(program: Program) -> dict[str, Estimate]:
+    """The times of each program that runs between steps."""
+    return {name: _of_work(program, other.work) for name, other in program.between.items()}
+
+
+def with_between(program: Program) -> float:
+    """Seconds of one step and its share of what runs between steps."""
+    others = sum(other.step for other in between(program).values())
+    return estimate(program).step + others / program.steps_between
+
+
+def _of_work(program: Program, work: Work) -> Estimate:
     chip, devices = program.topology.chip, program.mesh.size
-    exchanges = _exchanges(program)
+    exchanges = _exchanges(program, work.module)
+    arithmetic = work.products / devices / (chip.peak_flops * chip.matmul)
     return Estimate(
-        products=program.products / devices / (chip.peak_flops * chip.matmul),
-        attention=program.attention / devices / (chip.peak_flops * chip.attention),
-        memory=traffic(program.module) / chip.memory_bandwidth,
+        products=max(arithmetic, product_traffic(work.module) / chip.memory_bandwidth),
+        attention=work.attention / devices / (chip.peak_flops * chip.attention),
+        memory=traffic(work.module) / chip.memory_bandwidth,
         links=sum(x.secs for x in exchanges if x.link == "links"),
         network=sum(x.secs for x in exchanges if x.link == "network"),
-        host=host_traffic(program.module) / chip.host,
+        host=host_traffic(work.module) / chip.host,
         exchanges=exchanges,
     )
 
 
-def _exchanges(program: Program) -> tuple[Exchange, ...]:
+def _exchanges(program: Program, module: hlo.Module) -> tuple[Exchange, ...]:
     calls, sent, secs = Counter(), Counter(), Counter()
     devices = list(program.mesh.devices.flat)
-    for one in hlo.collectives(program.module):
+    for one in hlo.collectives(module):
         members = [devices[number] for number in one.group]
         link, speed = _speed(program.topology, members, one.kind)
         key = (one.kind, link)
@@ -112,6 +129,21 @@ def traffic(module: hlo.Module) -> float:
     for instruction, where, runs in module.scheduled():
         if _moves_memory(module, instruction):
             total += runs * _moved(module, module.computations[where], instruction)
+    return total
+
+
+def product_traffic(module: hlo.Module) -> float:
+    """Bytes that the operands and results of products have, in one run of the program.
+
+    In whichever memory they lie: weights come from the main memory in the end, and that of the
+    chip, into which TPUs fetch them ahead, is too small for anything but activations to stay.
+    """
+    total = 0.0
+    for instruction, where, runs in module.scheduled():
+        if instruction.opcode in hlo.FREE or not is_product(module, instruction):
+            continue
+        block = module.computations[where]
+        total += runs * _moved(module, block, instruction, anywhere=True)
     return total
 
 
@@ -150,37 +182,47 @@ def is_product(module: hlo.Module, instruction: hlo.Instruction) -> bool:
     return any(is_product(module, inner) for block in blocks for inner in block.values())
 
 
-def _moved(module: hlo.Module, block: dict, instruction: hlo.Instruction) -> float:
-    """Bytes that one instruction reads and writes; of slices only what is sliced."""
-    if instruction.opcode == "custom-call":
+def _moved(
+    module: hlo.Module, block: dict, instruction: hlo.Instruction, anywhere: bool = False
+) -> float:
+    """Bytes that one instruction reads and writes; of slices only what is sliced.
+
+    anywhere: in whichever memory, not only in the main one.
+    """
+    size = _num_bytes if anywhere else _in_memory
+    if instruction.opcode == "custom-call" and not is_product(module, instruction):
         return 0.0  # allocations and assumptions
     if instruction.opcode in ("dynamic-slice", "gather", "slice"):
-        return 2.0 * _in_memory(instruction)
+        return 2.0 * size(instruction)
     if instruction.opcode == "dynamic-update-slice":
-        return 2.0 * _in_memory(block[instruction.operands[1]])
+        return 2.0 * size(block[instruction.operands[1]])
     inside = module.fused(instruction)
     root = next((x for x in inside.values() if x.is_root), None)
-    written = _in_memory(instruction)
+    written = size(instruction)
     if root is not None and root.opcode == "dynamic-update-slice":
-        written = _in_memory(inside[root.operands[1]])
+        written = size(inside[root.operands[1]])
     parameters = {
         int(x.operands[0]): x for x in inside.values() if x.opcode == "parameter" and x.operands
     }
     read = 0.0
     for number, name in enumerate(instruction.operands):
         if name in block:
-            read += _read(inside, parameters.get(number), block[name], root)
+            read += _read(inside, parameters.get(number), block[name], root, size)
     return read + written
 
 
-def _read(inside: dict, parameter, source: hlo.Instruction, root) -> float:
+def _read(inside: dict, parameter, source: hlo.Instruction, root, size) -> float:
     """Bytes of one operand that an instruction reads."""
     users = [x for x in inside.values() if parameter is not None and parameter.name in x.operands]
     if users and all(x.opcode in ("dynamic-slice", "gather", "slice") for x in users):
         return float(sum(x.num_bytes for x in users))
     if root is not None and users == [root] and root.opcode == "dynamic-update-slice":
         return 0.0  # updated in place
-    return _in_memory(source)
+    return size(source)
+
+
+def _num_bytes(instruction: hlo.Instruction) -> float:
+    return float(instruction.num_bytes)
 
 
 def _in_memory(instruction: hlo.Instruction) -> float:

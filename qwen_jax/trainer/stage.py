@@ -81,12 +81,24 @@ class Stage(NamedTuple):
     charts: tuple[str, ...] = ()
 
 
+class Between(NamedTuple):
+    """A program that runs between steps.
+
+    fn: of parameters, rows and key. rows: their shapes. turns: those of all its loops together that
+    end when the data say so, at most.
+    """
+
+    fn: Callable[[Any, Any, jax.Array], Any]
+    rows: Any
+    turns: int = 0
+
+
 class Skeleton(NamedTuple):
     """What of a stage is compiled, without data or weights: for dry runs and plans.
 
     init, loss, tx, trained, tokens_per_batch, flops_per_batch: as in `Stage`. batch: shapes and
-    dtypes of one global batch. others: programs that run between steps, by what they do: a function
-    of parameters, rows and key, and the shapes of the rows.
+    dtypes of one global batch. between: programs that run between steps, by what they do, all of
+    them once in `steps_between` steps.
     """
 
     init: Callable[[jax.Array], Any]
@@ -96,4 +108,5 @@ class Skeleton(NamedTuple):
     batch: dict[str, Any]
     tokens_per_batch: int
     flops_per_batch: float
-    others: Mapping[str, tuple[Callable[[Any, Any, jax.Array], Any], Any]] = MappingProxyType({})
+    between: Mapping[str, Between] = MappingProxyType({})
+    steps_between: int = 1
