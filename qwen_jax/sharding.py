@@ -160,16 +160,16 @@ def gathered_shape(leaf: Any) -> tuple[int, ...]:
     )
 
 
-def gather_parameters(params: Any, boxed: Any) -> Any:
+def gather_parameters(params: Any, axes: Any) -> Any:
     """Parameters with all their shards along `embed` on every device; identity without a mesh.
 
-    boxed: the same tree, its leaves with the names of their logical axes.
+    axes: the same tree, in place of each leaf the names of its logical axes.
     """
 
-    def gather(box, leaf):
-        return constrain(leaf, *(None if name == "embed" else name for name in box.names))
+    def gather(leaf, names):
+        return constrain(leaf, *(None if name == "embed" else name for name in names))
 
-    return jax.tree.map(gather, boxed, params, is_leaf=lambda leaf: hasattr(leaf, "names"))
+    return jax.tree.map(gather, params, axes)
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -40,13 +41,13 @@ def make_writer(cfg: ModelConfig, ppo: PpoConfig, nets: Networks) -> Callable[[A
     With `ppo.gather_policy` a mesh gathers it here, once, and not layer by layer for every token.
     """
     dtype = jnp.dtype(cfg.compute_dtype)
-    boxed = jax.eval_shape(pretrain.init_fn(cfg), jax.random.key(0))
+    axes = nn.get_partition_spec(jax.eval_shape(pretrain.init_fn(cfg), jax.random.key(0)))
 
     @jax.jit
     def write(params):
         policy = jax.tree.map(lambda leaf: leaf.astype(dtype), nets.writer(params))
         if ppo.gather_policy:
-            policy = sharding.gather_parameters(policy, boxed)
+            policy = sharding.gather_parameters(policy, axes)
         return unrolled(policy, cfg=cfg)
 
     return write
