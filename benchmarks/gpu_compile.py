@@ -108,8 +108,9 @@ def _rollout(name: str, cfg: Config, mesh, topology: Topology) -> dict[str, Call
     )  # fmt: skip
     num_parts = answers * cfg.train.num_microbatches // cfg.data.batch_size
     measure = measure_fn(cfg.model, ppo, nets, ends, vocab, num_parts)
+    writer = make_writer(cfg.model, ppo, nets)
     with sharding.use_mesh(mesh):
-        policy = everywhere(jax.eval_shape(make_writer(cfg.model, ppo, nets), state.params))
+        policy = everywhere(jax.eval_shape(writer, state.params))
         query = {
             "prompt": jax.ShapeDtypeStruct((ppo.queries, ppo.prompt_len), jnp.int32),
             "prompt_len": jax.ShapeDtypeStruct((ppo.queries,), jnp.int32),
