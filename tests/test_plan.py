@@ -308,6 +308,33 @@ class TestTiming:
         array = 512 * 4096 * 4
         assert array < timing.traffic(module) < 6 * array
 
+    def test_a_product_reads_a_slice_two_fusions_deep(self):
+        """As TPUs do with what a layer left for its backward pass, stacked over the layers."""
+        text = """
+%slices (a: bf16[80,64,32], n: s32[]) -> bf16[64,32] {
+  %a = bf16[80,64,32]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = bf16[1,64,32]{2,1,0} dynamic-slice(%a, %n, %zero, %zero), dynamic_slice_sizes={1,64,32}
+  ROOT %flat = bf16[64,32]{1,0} bitcast(%one)
+}
+%multiplies (p: bf16[80,64,32], q: s32[], w: bf16[32,16]) -> bf16[64,16] {
+  %p = bf16[80,64,32]{2,1,0} parameter(0)
+  %w = bf16[32,16]{1,0} parameter(2)
+  %q = s32[] parameter(1)
+  %x = bf16[64,32]{1,0} fusion(%p, %q), kind=kLoop, calls=%slices
+  ROOT %y = bf16[64,16]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+ENTRY %main (s: bf16[80,64,32], i: s32[], v: bf16[32,16]) -> bf16[64,16] {
+  %s = bf16[80,64,32]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %v = bf16[32,16]{1,0} parameter(2)
+  ROOT %out = bf16[64,16]{1,0} fusion(%s, %i, %v), kind=kOutput, calls=%multiplies
+}
+"""
+        moved = timing.product_traffic(hlo.parse(text))
+        assert moved == 2 * (64 * 32 + 32 * 16 + 64 * 16) + 4
+
 
 class TestBetweenSteps:
     def test_an_open_loop_turns_as_often_as_it_is_said(self):

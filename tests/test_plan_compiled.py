@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import plan_table
+from benchmarks import gpu_compile, plan_table
 from qwen_jax import losses, sharding
 from qwen_jax.model import transformer
 from qwen_jax.plan import checks, search, timing
@@ -52,6 +52,11 @@ def test_shipped_pair(name):
     assert 0.2 < figures["mfu"] < 0.85
     if "QWEN_JAX_PLANS" in os.environ:
         plan_table.keep(figures, Path(os.environ["QWEN_JAX_PLANS"]))
+
+
+def test_the_gpu_benchmark_compiles_for_one_h100():
+    programs = gpu_compile.compile_all("h100:1", (5, 20), ["P1", "P3", "D1", "R1"])
+    assert len(programs) == 10 and [x["name"] for x in programs if not x["fits"]] == []
 
 
 def test_7b_on_one_v5e_fails_at_once_with_advice(capsys):

@@ -7,6 +7,7 @@ share of a peak real products reach is a constant (`hardware.Chip`).
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 
 from qwen_jax.plan import hlo
 from qwen_jax.plan.hardware import Topology
@@ -197,28 +198,58 @@ def _moved(
     if instruction.opcode == "dynamic-update-slice":
         return 2.0 * size(block[instruction.operands[1]])
     inside = module.fused(instruction)
-    root = next((x for x in inside.values() if x.is_root), None)
-    written = size(instruction)
-    if root is not None and root.opcode == "dynamic-update-slice":
-        written = size(inside[root.operands[1]])
-    parameters = {
-        int(x.operands[0]): x for x in inside.values() if x.opcode == "parameter" and x.operands
-    }
-    read = 0.0
-    for number, name in enumerate(instruction.operands):
-        if name in block:
-            read += _read(inside, parameters.get(number), block[name], root, size)
-    return read + written
+    if not inside:
+        read = sum(size(block[name]) for name in instruction.operands if name in block)
+        return size(instruction) + read
+    root = next(x for x in inside.values() if x.is_root)
+    total = _written(inside, root, size)
+    for parameter, name in zip(_parameters(inside), instruction.operands, strict=True):
+        part = _read(module, inside, parameter)
+        total += size(block[name]) if part is None else min(part, size(block[name]))
+    return total
 
 
-def _read(inside: dict, parameter, source: hlo.Instruction, root, size) -> float:
-    """Bytes of one operand that an instruction reads."""
-    users = [x for x in inside.values() if parameter is not None and parameter.name in x.operands]
-    if users and all(x.opcode in ("dynamic-slice", "gather", "slice") for x in users):
-        return float(sum(x.num_bytes for x in users))
-    if root is not None and users == [root] and root.opcode == "dynamic-update-slice":
-        return 0.0  # updated in place
-    return size(source)
+def _parameters(inside: dict) -> list[hlo.Instruction]:
+    """Those of a fusion, in the order of its operands."""
+    found = [x for x in inside.values() if x.opcode == "parameter"]
+    return sorted(found, key=lambda x: int(x.operands[0]))
+
+
+def _written(inside: dict, result: hlo.Instruction, size: Callable) -> float:
+    """Bytes of a fusion's result; of an array that is changed in place only what is new."""
+    if result.opcode == "tuple":
+        return sum(_written(inside, inside[name], size) for name in result.operands)
+    source = result
+    while source.opcode == "bitcast":
+        source = inside[source.operands[0]]
+    if source.opcode == "dynamic-update-slice":
+        return size(inside[source.operands[1]])
+    return size(result)
+
+
+def _read(module: hlo.Module, inside: dict, of: hlo.Instruction) -> float | None:
+    """Bytes that a fusion reads of one of its arrays where it takes slices; None: all of them."""
+    users = [x for x in inside.values() if of.name in x.operands]
+    if of.is_root or not users:
+        return None
+    total = 0.0
+    for user in users:
+        part: float | None = None
+        if user.opcode in ("dynamic-slice", "gather", "slice"):
+            part = float(user.num_bytes)
+        elif user.opcode == "dynamic-update-slice" and user.operands.index(of.name) == 0:
+            part = 0.0  # changed in place
+        elif user.opcode == "bitcast":
+            part = _read(module, inside, user)
+        elif user.opcode == "fusion":
+            deeper = module.fused(user)
+            pairs = zip(_parameters(deeper), user.operands, strict=True)
+            parts = [_read(module, deeper, x) for x, name in pairs if name == of.name]
+            part = None if None in parts else sum(parts)
+        if part is None:
+            return None
+        total += part
+    return total
 
 
 def _num_bytes(instruction: hlo.Instruction) -> float:
