@@ -28,7 +28,8 @@ SHIPPED = {
     # Shards within a node: only gradients go over the network.
     "14b h100:4x8": "configs/14b.py --topology=h100:4x8 --config.mesh.data=4 "
     "--config.train.num_microbatches=16 --config.model.remat=full",
-    "72b v5p:8x8x8": "configs/72b.py --topology=v5p:8x8x8 --config.mesh.tensor=2",
+    "72b v5p:8x8x8": "configs/72b.py --topology=v5p:8x8x8 --config.mesh.tensor=2 "
+    "--config.model.remat=save_matmuls",
     "sft 7b v5p:2x4x4": f"configs/sft.py:7b --topology=v5p:2x4x4 {_ALIGN}",
     "sft 7b lora h100:1": f"configs/sft.py:7b,lora --topology=h100:1 {_ALIGN}",
     "reward 7b h100:8": f"configs/reward.py:7b --topology=h100:8 {_ALIGN}",
