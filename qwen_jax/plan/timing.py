@@ -32,9 +32,10 @@ class Exchange:
 class Estimate:
     """Seconds of one step on each resource. products and attention follow each other and memory.
 
-    products: their arithmetic or, where that takes longer, their operands and results on the way to
-    and from memory. memory: what is moved by other instructions. links, network, host: bytes
-    between devices of a slice or node, between slices or nodes, and between device and host.
+    products: their arithmetic or, between steps where that takes longer, their operands and results
+    on the way to and from memory: a token at a time, weights are read for little work. memory: what
+    is moved by other instructions. links, network, host: bytes between devices of a slice or node,
+    between slices or nodes, and between device and host.
     """
 
     products: float
@@ -64,12 +65,15 @@ class Estimate:
 
 def estimate(program: Program) -> Estimate:
     """The times of one step."""
-    return _of_work(program, program.work)
+    return _of_work(program, program.work, moved=0.0)
 
 
 def between(program: Program) -> dict[str, Estimate]:
     """The times of each program that runs between steps."""
-    return {name: _of_work(program, other.work) for name, other in program.between.items()}
+    return {
+        name: _of_work(program, other.work, moved=product_traffic(other.work.module))
+        for name, other in program.between.items()
+    }
 
 
 def with_between(program: Program) -> float:
@@ -78,12 +82,13 @@ def with_between(program: Program) -> float:
     return estimate(program).step + others / program.steps_between
 
 
-def _of_work(program: Program, work: Work) -> Estimate:
+def _of_work(program: Program, work: Work, *, moved: float) -> Estimate:
+    """moved: bytes of the operands and results of products, where they count."""
     chip, devices = program.topology.chip, program.mesh.size
     exchanges = _exchanges(program, work.module)
     arithmetic = work.products / devices / (chip.peak_flops * chip.matmul)
     return Estimate(
-        products=max(arithmetic, product_traffic(work.module) / chip.memory_bandwidth),
+        products=max(arithmetic, moved / chip.memory_bandwidth),
         attention=work.attention / devices / (chip.peak_flops * chip.attention),
         memory=traffic(work.module) / chip.memory_bandwidth,
         links=sum(x.secs for x in exchanges if x.link == "links"),
