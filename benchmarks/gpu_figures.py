@@ -41,10 +41,15 @@ class Timing:
     deadline: float
 
 
-def timing_of(args: argparse.Namespace) -> Timing:
-    """From the command line of a contender."""
+def read_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Timing]:
+    """The command line of a contender, with the flags that all of them have."""
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=600, help="for all, compiling included")
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args()
     now = time.monotonic()
-    return Timing(args.warmup, args.steps, now, now + args.seconds)
+    return args, Timing(args.warmup, args.steps, now, now + args.seconds)
 
 
 class Timed(NamedTuple):

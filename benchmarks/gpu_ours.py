@@ -278,12 +278,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--benchmark", choices=["P1", "P3", "D1", "R1"], required=True)
     parser.add_argument("--packing", choices=["concat", "concat_masked"], default="concat")
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=600, help="for all, compiling included")
-    parser.add_argument("--smoke", action="store_true")
-    args = parser.parse_args()
-    timing = figures.timing_of(args)
+    args, timing = figures.read_arguments(parser)
     if args.benchmark == "D1":
         results = decode(timing, smoke=args.smoke)
     elif args.benchmark == "R1":

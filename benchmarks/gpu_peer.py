@@ -180,12 +180,7 @@ class Clock:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--benchmark", choices=["P1", "D1"], required=True)
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=600, help="for all, compiling included")
-    parser.add_argument("--smoke", action="store_true")
-    args = parser.parse_args()
-    timing = figures.timing_of(args)
+    args, timing = figures.read_arguments(parser)
     # Only shapes and counts are asked of JAX here: the GPU is torch's.
     os.environ["JAX_PLATFORMS"] = "cpu"
     run = {"P1": train, "D1": decode}[args.benchmark]
