@@ -50,8 +50,8 @@ $(PLAN_VENV)/installed: requirements.txt requirements-plan.txt $(TESTED)
 		$(TESTED:%=-c %)
 	touch $@
 
-# Every preset compiled for the hardware it is shipped for, and its program checked: about an hour
-# on two cores. PAIRS picks some: make test-plan PAIRS="7b and v5p"
+# Every preset compiled for the hardware it is shipped for, and its program checked: about twenty
+# minutes on two cores. PAIRS picks some: make test-plan PAIRS="7b and v5p"
 PAIRS ?= plan
 test-plan: $(PLAN_VENV)/installed
 	$(PLAN_VENV)/bin/python -m pytest -q tests/test_plan_compiled.py -k "$(PAIRS)"
